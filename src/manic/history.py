@@ -1,0 +1,105 @@
+"""`History`: what happened at each step, to pass as ``log_func``."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # rows kept on their device before they are read in one transfer
+
+
+class History:
+    """Records scale, h, effective learning rates and whatever else is given, one row a step.
+
+    Tensors are kept where they are and read in chunks, so recording does not wait for the device at each step.
+
+    Example:
+        >>> import torch
+        >>> from manic import History, Mechanic, Updater
+        >>> model = torch.nn.Linear(3, 1)
+        >>> history = History()
+        >>> updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+        >>> mechanic = Mechanic(updater, log_func=history)
+        >>> for _ in range(3):
+        ...     updater.zero_grad()
+        ...     loss = model(torch.ones(4, 3)).square().mean()
+        ...     loss.backward()
+        ...     history.record(loss=loss)
+        ...     mechanic.step()
+        ...     updater.step()
+        >>> list(history.columns)
+        ['step', 'scale', 'lr_0', 'h', 'skipped', 'loss']
+        >>> history["step"]
+        [1, 2, 3]
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._waiting: list[dict[str, Any]] = []
+        self._next: dict[str, Any] = {}
+
+    def __call__(self, data: dict[str, Any]) -> None:
+        """Add a row; `Mechanic` calls this."""
+        rates = {f"lr_{i}": rate for i, rate in enumerate(data["lr"])}
+        row = {"step": data["iter_count"], "scale": data["s"], **rates, "h": data["h"], "skipped": data["skipped"]}
+        self._waiting.append({**row, **self._next})
+        self._next = {}
+        if len(self._waiting) >= CHUNK:
+            self._read()
+
+    def record(self, **values: Tensor | float) -> None:
+        """Give values (a loss, an accuracy) for the row of the coming ``mechanic.step()``.
+
+        Args:
+            values: numbers, or tensors of one element.
+        """
+        for name, value in values.items():
+            self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._waiting)
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """All rows by name; ``None`` where a row lacks a value. ``step`` and ``skipped`` are ints, the rest floats."""
+        self._read()
+        names = dict.fromkeys(name for row in self._rows for name in row)
+        return {name: [row.get(name) for row in self._rows] for name in names}
+
+    def __getitem__(self, name: str) -> list[Any]:
+        """One column, for example ``history["scale"]``."""
+        columns = self.columns
+        if name not in columns:
+            raise KeyError(f"The history has no {name!r}; it has {', '.join(columns) or 'no rows yet'}.")
+        return columns[name]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all rows to a file, with a header."""
+        columns = self.columns
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture of loss (if recorded), scale and learning rates; needs the extra ``manic[plot]``."""
+        from manic.plotting import plot_histories
+
+        plot_histories({"manic": self}, path)
+
+    def _read(self) -> None:
+        places = [(row, name) for row in self._waiting for name in row if isinstance(row[name], Tensor)]
+        by_device: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
+        for row, name in places:
+            by_device.setdefault(row[name].device, []).append((row, name))
+        for device, same in by_device.items():
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            numbers = torch.stack([row[name].reshape(()).to(dtype) for row, name in same]).tolist()
+            for (row, name), number in zip(same, numbers, strict=True):
+                row[name] = int(number) if name == "skipped" else number
+        self._rows += self._waiting
+        self._waiting = []

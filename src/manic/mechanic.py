@@ -1,0 +1,226 @@
+"""`Mechanic`: gathers h, runs the tuner, and hands the scale to the updater."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from manic import tuner
+from manic.tuner import BETAS, TunerConfig, TunerState
+from manic.updater import STATE_VERSION, Updater, check_version
+
+logger = logging.getLogger("manic")
+
+
+class Mechanic:
+    """Learns the scale of the learning rate while the model trains.
+
+    Args:
+        updater: owns the optimizer and the schedule. One Mechanic per Updater.
+        rule: ``"manic"``, or one of the published forms, ``"paper"``, ``"mechanic_pytorch"``, ``"optax"``.
+        betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
+        s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0.
+        s_init: where the scale starts, an underestimate: the effective learning rate it begins to grow from
+            (with ``internal_lr=None``, that divided by lr). ``None`` takes the rule's own.
+        eps: keeps the divisions finite, > 0.
+        max_scale: the largest scale allowed, in units of the lr given, or ``None``.
+        log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
+            so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
+            ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.
+        log_every: call it every so many steps; 0 means every step if a ``log_func`` is given, else never.
+
+    Raises:
+        ValueError: an argument is out of range, or the updater has a Mechanic already.
+
+    Source:
+        Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
+
+    Example:
+        >>> import torch
+        >>> from manic import Mechanic, Updater
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> updater = Updater(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100))
+        >>> mechanic = Mechanic(updater)
+        >>> for _ in range(2):
+        ...     updater.zero_grad()
+        ...     model(torch.ones(4, 3)).square().mean().backward()
+        ...     mechanic.step()
+        ...     updater.step()
+        >>> float(mechanic.scale) > 0
+        True
+    """
+
+    def __init__(
+        self,
+        updater: Updater,
+        *,
+        rule: str = "manic",
+        betas: Sequence[float] = BETAS,
+        s_decay: float = 1e-2,
+        s_init: float | None = None,
+        eps: float = 1e-8,
+        max_scale: float | None = None,
+        log_func: Callable[[dict[str, Any]], object] | None = None,
+        log_every: int = 0,
+    ) -> None:
+        if not isinstance(updater, Updater):
+            raise TypeError(
+                f"updater is a {type(updater).__name__}; expected a manic.Updater, as in Mechanic(Updater(optimizer))."
+            )
+        if updater.claimed:
+            raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
+        if log_every < 0:
+            raise ValueError(f"log_every is {log_every}; expected a number of steps, 0 or more.")
+        config = TunerConfig(rule=rule, betas=betas, s_decay=s_decay, s_init=s_init, eps=eps, max_scale=max_scale)
+        self.updater = updater
+        self.log_func = log_func
+        self.log_every = log_every
+        self._steps = 0
+        self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
+        self._configure(config)
+        self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
+        self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        updater.claimed = True
+        updater.start(self._state.scales.sum())
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
+        return self.updater.scale
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The updater's base optimizer. Setting it to that same optimizer is allowed and changes nothing."""
+        return self.updater.base_optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        if optimizer is not self.updater.base_optimizer:
+            raise ValueError(
+                "mechanic.optimizer can only be its updater's base optimizer; to tune another optimizer, build a new "
+                "Updater and Mechanic for it."
+            )
+
+    def get_last_lr(self) -> list[float]:
+        """The scale, once per parameter group; reads it from its device. See `Updater.get_last_lr` for the rates."""
+        return [float(self.scale)] * len(self.updater.param_groups)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Compute the scale of the coming ``updater.step()`` from the parameters and their gradients.
+
+        Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
+        again before ``updater.step()``, it replaces what it computed first.
+
+        Raises:
+            FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
+            ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
+        """
+        sums, scale = self.updater.observe()
+        self._to(scale)
+        if not self.updater.pending:
+            self._steps += 1
+            for old, tensor in zip(self._previous, self._state, strict=True):
+                old.copy_(tensor)
+        config = self._config
+        if config.max_scale is not None:
+            config = replace(config, max_scale=config.max_scale / self.updater.unit)
+
+        h = tuner.inner_product(sums, scale, config)
+        finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
+        if self.updater.nonfinite == "raise" and not finite:
+            raise FloatingPointError(
+                f"At step {self._steps} the gradient's norm is {float(sums.grad_square.sqrt())} and h is {float(h)}; "
+                "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
+            )
+        after = tuner.update(self._previous, h, self._betas, config)
+        for tensor, new, old in zip(self._state, after, self._previous, strict=True):
+            tensor.copy_(torch.where(finite, new, old))
+        self._skipped += ~finite
+        self.updater.propose(self._state.scales.sum(), finite)
+        self._log(h)
+
+    def hand_off(self) -> tuple[Optimizer, Any]:
+        """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
+
+        The optimizer's lr, and every rate that the scheduler keeps, are multiplied by the scale; x_ref and Δ are freed.
+        For an optimizer whose update is linear in lr, the next steps are those of a scale that stays as it is.
+
+        Returns:
+            The base optimizer and the scheduler (``None`` if there is none), for ``optimizer.step()`` and
+            ``lr_scheduler.step()``. The updater and this object are finished.
+
+        Raises:
+            RuntimeError: the scale is still zero.
+            ValueError: it is not known which of the scheduler's numbers are rates; nothing was changed.
+        """
+        return self.updater.hand_off()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last complete step: plain containers, and tensors of its own."""
+        state = self._previous if self.updater.pending else self._state
+        return {
+            "version": STATE_VERSION,
+            "config": {**asdict(self._config), "betas": list(self._config.betas)},
+            "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
+            "steps": self._steps - self.updater.pending,
+            "skipped": self._skipped.clone(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state that `state_dict` gave, the options of the saved Mechanic included.
+
+        Raises:
+            ValueError: it is not the state of a Mechanic; nothing was changed.
+        """
+        check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
+        config = TunerConfig(**state_dict["config"])
+        state = TunerState(**state_dict["tuner"])
+        if any(tensor.shape != (len(config.betas),) for tensor in state):
+            raise ValueError(
+                f"The tuner's tensors have shapes {[tuple(tensor.shape) for tensor in state]}; "
+                f"expected one number for each of {len(config.betas)} betas."
+            )
+        self._configure(config)
+        self._steps = state_dict["steps"]
+        self._skipped.copy_(state_dict["skipped"])
+        scale = self._state.scales
+        self._state = TunerState(*(tensor.detach().to(scale, copy=True) for tensor in state))
+        self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+
+    def _configure(self, config: TunerConfig) -> None:
+        self._config = config
+        self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
+        self.updater.displacement.eps = config.eps
+
+    def _to(self, like: Tensor) -> None:
+        if self._betas.device != like.device:
+            self._betas = self._betas.to(like)
+            self._state = TunerState(*(tensor.to(like) for tensor in self._state))
+            self._previous = TunerState(*(tensor.to(like) for tensor in self._previous))
+            self._skipped = self._skipped.to(like.device)
+
+    def _log(self, h: Tensor) -> None:
+        every = self.log_every or (1 if self.log_func is not None else 0)
+        if not every or self._steps % every:
+            return
+        if self.log_func is None:
+            logger.info("step %d: scale %.6g, learning rates %s", self._steps, self.scale, self.updater.get_last_lr())
+            return
+        scale = self.scale
+        self.log_func(
+            {
+                "iter_count": self._steps,
+                "s": scale,
+                "h": h,
+                "lr": [scale * group["lr"] for group in self.updater.param_groups],
+                "skipped": self._skipped.clone(),
+            }
+        )

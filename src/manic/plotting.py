@@ -1,0 +1,54 @@
+"""Pictures of what happened; needs matplotlib, which the extra ``manic[plot]`` installs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manic.history import History
+
+PANELS = (("loss", "loss"), ("scale", "scale"), ("lr_0", "effective learning rate"))
+
+
+def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]], path: str | Path) -> None:
+    """Write a picture of runs side by side: loss, scale and effective learning rate against the step.
+
+    Args:
+        histories: the runs by name; each a `History`, or a mapping from ``"step"``, ``"loss"``, ``"scale"`` and
+            ``"lr_0"`` to lists of numbers, of which any but ``"step"`` may be missing. A panel that no run has is left out.
+        path: the file to write; its ending decides the format, for example ``.png``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is nothing to draw.
+    """
+    figure_class = _figure_class()
+    runs = {name: run.columns if isinstance(run, History) else dict(run) for name, run in histories.items()}
+    panels = [(key, label) for key, label in PANELS if any(key in run for run in runs.values())]
+    if not panels:
+        raise ValueError(
+            "No run has a row with a loss, a scale or a learning rate; expected at least one. Train first."
+        )
+    figure = figure_class(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for i, (name, run) in enumerate(runs.items()):
+            points = [(step, y) for step, y in zip(run["step"], run.get(key, ()), strict=False) if y is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, color=f"C{i}")
+        axis.set_xlabel("step")
+        axis.set_title(label, fontsize="medium")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plotting needs matplotlib, which is not installed: pip install 'manic[plot]'.") from error
+    return Figure

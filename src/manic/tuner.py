@@ -1,0 +1,198 @@
+"""The tuner: Algorithm 1 of *Mechanic: A Learning Rate Tuner*, from the gradient's sums to the scale.
+
+Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, for step t and every β_i::
+
+    h_t = <Δ_t, g_t + λ (Σ_i s_{t,i}) ‖g_t‖ x_t/‖x_t‖>      (1)  in `inner_product`
+    m_t = max(β m_{t-1}, h_t)                               (2)  from here on in `update`
+    v_t = β² v_{t-1} + h_t²                                 (3)
+    r_t = max(0, β r_{t-1} - s_t h_t)                       (4)
+    W_t = s_init m_t / n + r_t                              (5)
+    s_{t+1} = W_t / (sqrt(v_t) + ε)                         (6)
+    x_{t+1} = x_ref + (Σ_i s_{t+1,i}) Δ_{t+1}               (7)  in `displacement.py`
+
+======  ===============  =========  =============================================================
+letter  name             shape      meaning
+======  ===============  =========  =============================================================
+s       ``scales``       (..., n)   one scale per β; their sum is the scale in force
+r       ``reward``       (..., n)   what betting s against h has earned
+m       ``max_product``  (..., n)   decayed maximum of abs h
+v       ``sum_squares``  (..., n)   decayed sum of h²
+h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
+β       ``betas``        (n,)       decay rates, each in [0, 1)
+λ       ``s_decay``      number     weight of the decay term inside h
+s_init  ``s_init``       number     start of the wealth W, an underestimate of the scale
+ε       ``eps``          number     keeps the divisions finite
+======  ===============  =========  =============================================================
+
+Leading dimensions are free, so one call can tune many models. The numbers are float32 or wider whatever the
+parameters are. Nothing here knows of parameters, devices or optimizers.
+
+What each rule does that the paper as printed does not:
+
+- ``paper``: nothing, but that the λ term is 0 where ‖x‖ = 0, where the paper divides by zero.
+- ``mechanic_pytorch`` (the package of that name, 0.0.1): m takes abs h, so that a first h ≤ 0 does not
+  leave s at 0 for ever, and starts at 1e-6, so that s leaves 0 before the first bet is won; ‖x‖ + ε.
+  The package reads x in the λ term *after* the base step; here it is x_t, as in the paper, so the two
+  agree exactly at λ = 0 only.
+- ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
+  step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
+- ``manic``, the default: equal to ``mechanic_pytorch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RULES = ("manic", "paper", "mechanic_pytorch", "optax")
+BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunerConfig:
+    """The tuner's constants, checked once.
+
+    Args:
+        rule: one of ``RULES``; which published form to follow (see the module's list).
+        betas: β, the decay rates of the tuner's memories, each in [0, 1).
+        s_decay: λ ≥ 0, the weight of the decay term inside h.
+        s_init: s_init > 0; ``None`` takes the rule's own, 1e-8 (``optax``: 1e-6).
+        eps: ε > 0.
+        max_scale: the largest scale allowed, or ``None``.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> TunerConfig(rule="optax").s_init
+        1e-06
+    """
+
+    rule: str = "manic"
+    betas: Sequence[float] = BETAS
+    s_decay: float = 1e-2
+    s_init: float | None = None
+    eps: float = 1e-8
+    max_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}.")
+        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+        if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
+        if self.s_init is None:
+            object.__setattr__(self, "s_init", 1e-6 if self.rule == "optax" else 1e-8)
+        for name, low in (("s_init", "> 0"), ("eps", "> 0"), ("s_decay", ">= 0"), ("max_scale", "> 0")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and low == "> 0"):
+                hint = (
+                    " The scale grows from s_init, so it has to start above zero: try 1e-8." if name == "s_init" else ""
+                )
+                raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{hint}")
+
+
+class TunerState(NamedTuple):
+    """What the tuner remembers: four tensors of shape (..., n), see the module's table."""
+
+    scales: Tensor
+    reward: Tensor
+    max_product: Tensor
+    sum_squares: Tensor
+
+
+class Sums(NamedTuple):
+    """The four sums over all elements of the model that h is made of, each of shape (...)."""
+
+    delta_grad: Tensor  # <Δ, g>
+    delta_param: Tensor  # <Δ, x>
+    grad_square: Tensor  # ‖g‖²
+    param_square: Tensor  # ‖x‖²
+
+
+def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> TunerState:
+    """The state before the first step.
+
+    Example:
+        >>> init(TunerConfig(betas=(0.9, 0.99))).scales
+        tensor([0., 0.], dtype=torch.float64)
+    """
+    zero = torch.zeros(len(config.betas), device=device, dtype=dtype)
+    s, m = zero.clone(), zero.clone()
+    if config.rule == "optax":
+        assert config.s_init is not None
+        s.fill_(config.s_init)
+    elif config.rule != "paper":
+        m.fill_(1e-6)
+    return TunerState(s, zero.clone(), m, zero)
+
+
+def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
+    """h_t, equation (1).
+
+    Args:
+        sums: the four sums at x_t, each of shape (...).
+        scale: Σ_i s_{t,i}, of the same shape.
+        config: gives λ, ε and the rule.
+
+    Returns:
+        h_t, of shape (...).
+    """
+    norm_x = sums.param_square.sqrt()
+    if config.rule == "paper":
+        norm_x = torch.where(norm_x > 0, norm_x, torch.inf)
+    else:
+        norm_x = norm_x + config.eps
+    decay = config.s_decay * scale * sums.grad_square.sqrt() * sums.delta_param / norm_x
+    return sums.delta_grad + decay
+
+
+def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """One step of the tuner, equations (2) to (6). Pure: the arguments are not written.
+
+    Args:
+        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, each of shape (..., n).
+        h: h_t, of shape (...): one number per model.
+        betas: ``config.betas`` as a tensor beside the state, of shape (n,).
+        config: gives s_init, ε, the rule and the cap.
+
+    Returns:
+        s_{t+1}, r_t, m_t, v_t.
+
+    Example:
+        >>> config = TunerConfig()
+        >>> betas = torch.tensor(config.betas)
+        >>> state = init(config)
+        >>> for h in (0.0, -1.0, -1.0):  # h < 0: the displacement points downhill
+        ...     state = update(state, torch.tensor(h), betas, config)
+        >>> float(state.scales.sum()) > config.s_init
+        True
+    """
+    assert config.s_init is not None
+    s, r, m, v = state
+    h = h.to(s.dtype).unsqueeze(-1)
+    bet = torch.clamp(h, -m, m) if config.rule == "optax" else h
+
+    if config.rule == "paper":
+        m = torch.maximum(betas * m, h)  # (2)
+    elif config.rule == "optax":
+        m = torch.maximum(betas * m, h.abs() + config.eps)  # (2)
+    else:
+        m = torch.maximum(betas * m, h.abs())  # (2)
+    v = betas**2 * v + h**2  # (3)
+    r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
+    if config.rule != "optax":
+        r = r.clamp(min=0)  # (4)
+    wealth = config.s_init * m / len(config.betas) + r.clamp(min=0)  # (5)
+    s = wealth / (v.sqrt() + config.eps)  # (6)
+
+    if config.max_scale is not None:
+        s = s * (config.max_scale / s.sum(-1, keepdim=True)).clamp(max=1)
+    return TunerState(s, r, m, v)

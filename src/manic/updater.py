@@ -1,0 +1,407 @@
+"""`Updater`: owns the base optimizer, its schedule, the displacement and the scale in force."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
+from manic.displacement import Displacement
+from manic.tuner import Sums
+
+STATE_VERSION = 1
+logger = logging.getLogger("manic")
+
+# Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
+SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
+    lr_scheduler.LambdaLR: (),
+    lr_scheduler.MultiplicativeLR: (),
+    lr_scheduler.StepLR: (),
+    lr_scheduler.MultiStepLR: (),
+    lr_scheduler.ConstantLR: (),
+    lr_scheduler.LinearLR: (),
+    lr_scheduler.ExponentialLR: (),
+    lr_scheduler.PolynomialLR: (),
+    lr_scheduler.SequentialLR: (),
+    lr_scheduler.ChainedScheduler: (),
+    lr_scheduler.OneCycleLR: (),
+    lr_scheduler.CosineAnnealingLR: ("eta_min",),
+    lr_scheduler.CosineAnnealingWarmRestarts: ("eta_min",),
+    lr_scheduler.CyclicLR: ("max_lrs",),
+    lr_scheduler.ReduceLROnPlateau: ("min_lrs", "default_min_lr", "eps"),
+    swa_utils.SWALR: (),
+}
+GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+class Updater:
+    """Takes the base optimizer's step, and moves the parameters to x_ref + scale · Δ instead.
+
+    It is used with a `Mechanic`, which sets the scale: ``mechanic.step(); updater.step()`` after each backward pass.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` whose parameter groups have an ``lr``.
+        lr_scheduler: a scheduler of that optimizer, stepped once in every `step`; ``None`` keeps the rate as it is.
+            A ``ReduceLROnPlateau`` needs a metric, so you step that one yourself.
+        store_delta: keep Δ beside x_ref (exact, two extra copies of the model), or recompute it from the
+            parameters (one copy, and a transient one in `step`).
+        internal_lr: the base optimizer steps with every group's lr times internal_lr / (largest initial lr), so that
+            the run does not depend on a common factor in lr, not even through rounding. ``None`` steps at the lr
+            given, as the published implementations do.
+        nonfinite: what to do about a step whose gradient or h is not finite: ``"skip"`` it, or ``"raise"``.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number.
+        ValueError: another argument is out of range, or belongs to another optimizer.
+
+    Example:
+        >>> import torch
+        >>> from manic import Mechanic, Updater
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> updater = Updater(torch.optim.AdamW([weight], lr=1e-9))  # any lr will do
+        >>> mechanic = Mechanic(updater)
+        >>> for _ in range(300):
+        ...     updater.zero_grad()
+        ...     loss = weight.square().sum()
+        ...     loss.backward()
+        ...     mechanic.step()
+        ...     updater.step()
+        >>> bool(weight.abs().max() < 0.5)
+        True
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        lr_scheduler: Any = None,
+        *,
+        store_delta: bool = True,
+        internal_lr: float | None = 1.0,
+        nonfinite: str = "skip",
+    ) -> None:
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
+                "Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
+            )
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
+        if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
+            raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
+        scheduled = getattr(lr_scheduler, "optimizer", optimizer)
+        if scheduled is not optimizer:
+            raise ValueError(
+                f"lr_scheduler schedules another optimizer (a {type(scheduled).__name__}); "
+                "expected one built on the optimizer given."
+            )
+        self.base_optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.nonfinite = nonfinite
+        self.displacement = Displacement(store_delta=store_delta)
+        self.claimed = False  # by a Mechanic
+        self.pending = False  # a scale was proposed and waits for `step`
+        self._handed_off = False
+        self._warned_of_change = False
+        self._check_groups()
+        self._unit = 1.0 if internal_lr is None else internal_lr / self._largest_initial_lr()
+        device = next(self.parameters()).device
+        self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
+        self._next_scale = self._scale.clone()
+        self._finite = torch.ones((), device=device, dtype=torch.bool)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
+        return self._next_scale * self._unit
+
+    @property
+    def unit(self) -> float:
+        """internal_lr / (largest initial lr): a scale in the user's units per scale in the tuner's."""
+        return self._unit
+
+    def get_last_lr(self) -> list[float]:
+        """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
+        scale = float(self.scale)
+        return [scale * float(group["lr"]) for group in self.param_groups]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The parameters of all groups, in their order."""
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def observe(self) -> tuple[Sums, Tensor]:
+        """The four sums at the present point, and the scale in force, in the tuner's units.
+
+        `Mechanic.step` calls this. It is here that parameters get their x_ref, and that changes made
+        by others since the last step are noticed.
+
+        Raises:
+            ValueError: a gradient is sparse, or a group has ``maximize=True``.
+        """
+        self._check_open()
+        self._check_groups()
+        self._to(next(self.parameters()).device)
+        if self.displacement.refresh(self.parameters(), self._scale) and not self._warned_of_change:
+            self._warned_of_change = True
+            warnings.warn(
+                "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
+                "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
+                stacklevel=3,
+            )
+        return self.displacement.sums(self._scale), self._scale
+
+    def propose(self, scale: Tensor, finite: Tensor) -> None:
+        """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
+
+        Args:
+            scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
+            finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
+        """
+        self._next_scale.copy_(scale)
+        self._finite.copy_(finite)
+        self.pending = True
+
+    def start(self, scale: Tensor) -> None:
+        """Set the scale in force before the first step; `Mechanic` calls this when it is made."""
+        self._scale.copy_(scale)
+        self._next_scale.copy_(scale)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the base optimizer's step, move the parameters to x_ref + scale · Δ, and step the schedule.
+
+        Args:
+            closure: passed to the base optimizer, which evaluates the model with it.
+
+        Returns:
+            What the base optimizer's ``step`` returned: the loss, if a closure was given. ``None`` for a skipped step.
+
+        Raises:
+            RuntimeError: there was no ``mechanic.step()`` before.
+        """
+        self._check_open()
+        if not self.pending:
+            raise RuntimeError(
+                "updater.step() was called without a mechanic.step() before it. "
+                "Call mechanic.step(), then updater.step(), once each after every backward pass."
+            )
+        on_device = self._finite.device.type != "cpu" and self._base_can_skip()
+        if self.nonfinite == "skip" and not on_device and not bool(self._finite):
+            self.pending = False
+            logger.warning("A step was skipped: its gradient or h is not finite.")
+            return None
+
+        with torch.no_grad():
+            before = self.displacement.begin()
+        try:
+            with self._internal_rates(), self._found_inf(on_device):
+                loss = self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+        except BaseException:
+            with torch.no_grad():
+                self.displacement.restore(before, self._scale)
+            raise
+        with torch.no_grad():
+            self.displacement.move(before, self._scale, self._next_scale)
+            self._scale.copy_(self._next_scale)
+        self.pending = False
+        if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
+            self.lr_scheduler.step()
+        return loss
+
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Take the parameters as they are now: x_ref shifts by what others changed, Δ stays.
+
+        Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed
+        without this. Call it after those that do not, such as writes through ``parameter.data``.
+        """
+        self._check_open()
+        self.displacement.refresh(self.parameters(), self._scale, changed=True)
+
+    def hand_off(self) -> tuple[Optimizer, Any]:
+        """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
+        self._check_open()
+        scale = float(self._scale) * self._unit
+        if not scale > 0:
+            raise RuntimeError(
+                f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
+            )
+        rates = list(_scheduler_rates(self.lr_scheduler))
+        rates += [(group, name) for group in self.param_groups for name in GROUP_RATES if name in group]
+        for owner, name in rates:
+            owner[name] = _rescaled(owner[name], scale)
+        self.displacement = Displacement(store_delta=self.displacement.store_delta)
+        self._handed_off = True
+        return self.base_optimizer, self.lr_scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last complete step, the base optimizer's and the schedule's included.
+
+        Plain containers and tensors of its own; ``torch.load(weights_only=True)`` reads it.
+        """
+        self._check_open()
+        return {
+            "version": STATE_VERSION,
+            "base_optimizer": copy.deepcopy(self.base_optimizer.state_dict()),
+            "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
+            "scale": self._scale.clone(),
+            "unit": self._unit,
+            "displacement": self.displacement.state(self.parameters()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state that `state_dict` gave; nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: the state is of another kind, model or schedule.
+        """
+        self._check_open()
+        check_version(state_dict, "Updater", ("base_optimizer", "lr_scheduler", "scale", "unit", "displacement"))
+        if (state_dict["lr_scheduler"] is None) != (self.lr_scheduler is None):
+            have, has = ("no", "one") if self.lr_scheduler is None else ("a", "none")
+            raise ValueError(
+                f"This Updater has {have} lr_scheduler and the state dict has {has}; build it as it was when saved."
+            )
+        self.check_displacement(state_dict["displacement"])
+        groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
+        expected = [len(group["params"]) for group in self.param_groups]
+        if groups != expected:
+            raise ValueError(
+                f"The state dict is of another model: its parameter groups have {groups} parameters, expected {expected}."
+            )
+        self.base_optimizer.load_state_dict(state_dict["base_optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
+        self.load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
+
+    def check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
+        """Raise ValueError unless `load_tuning` can take ``displacement``."""
+        names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
+        self.displacement.check_state(displacement, list(self.parameters()), names)
+
+    def load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
+        """Take up a saved scale (in the tuner's units), `unit` and displacement."""
+        self._unit = unit
+        self.start(scale)
+        self.pending = False
+        self.displacement.load_state(displacement, list(self.parameters()))
+
+    def _check_open(self) -> None:
+        if self._handed_off:
+            raise RuntimeError(
+                "hand_off() gave the optimizer and its schedule back; carry on with optimizer.step(), "
+                "or build a new Updater and Mechanic."
+            )
+
+    def _check_groups(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            rate = group.get("lr")
+            if not isinstance(rate, int | float) and not (isinstance(rate, Tensor) and rate.numel() == 1):
+                raise TypeError(
+                    f"Parameter group {i} of {type(self.base_optimizer).__name__} has lr={rate!r}, which cannot be "
+                    "scaled; expected a number. If the optimizer picks its own rate, give it an explicit lr."
+                )
+            if group.get("maximize"):
+                raise ValueError(
+                    f"Parameter group {i} has maximize=True, which turns the sign of the update against the gradient; "
+                    "expected False. Minimize the negative of the objective instead."
+                )
+        if next(self.parameters(), None) is None:
+            raise ValueError("The optimizer has no parameters; expected at least one.")
+
+    def _largest_initial_lr(self) -> float:
+        largest = max(float(group.get("initial_lr", group["lr"])) for group in self.param_groups)
+        if not (math.isfinite(largest) and largest > 0):
+            raise ValueError(
+                f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, for example lr=1.0."
+            )
+        return largest
+
+    def _to(self, device: torch.device) -> None:
+        if self._scale.device != device:
+            self._scale = self._scale.to(device, scale_dtype(device))
+            self._next_scale = self._next_scale.to(device, scale_dtype(device))
+            self._finite = self._finite.to(device)
+
+    @contextmanager
+    def _internal_rates(self) -> Iterator[None]:
+        given = [group["lr"] for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * self._unit
+            yield
+        finally:
+            for group, rate in zip(self.param_groups, given, strict=True):
+                group["lr"] = rate
+
+    def _base_can_skip(self) -> bool:
+        """Whether the base optimizer reads ``found_inf`` on the device, as torch's fused ones do."""
+        return getattr(self.base_optimizer, "_step_supports_amp_scaling", False) and all(
+            group.get("fused") for group in self.param_groups
+        )
+
+    @contextmanager
+    def _found_inf(self, on_device: bool) -> Iterator[None]:
+        if not on_device or self.nonfinite == "raise":
+            yield
+            return
+        optimizer: Any = self.base_optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, (~self._finite).float()
+        try:
+            yield
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+
+
+def scale_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:
+    """Raise ValueError unless a state dict is one of ours."""
+    missing = [key for key in ("version", *keys) if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"The state dict lacks {', '.join(missing)} (it has {', '.join(map(str, state_dict))}); "
+            f"expected what {kind}.state_dict() returns."
+        )
+    if state_dict["version"] != STATE_VERSION:
+        raise ValueError(
+            f"The {kind} state dict is of version {state_dict['version']}; this release reads version {STATE_VERSION}."
+        )
+
+
+def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    if scheduler is None:
+        return
+    if type(scheduler) not in SCHEDULER_RATES:
+        raise ValueError(
+            f"hand_off() cannot rescale a {type(scheduler).__name__}: it does not know which of its numbers are learning "
+            "rates. Multiply the optimizer's lr by float(mechanic.scale) yourself, and build a scheduler on it."
+        )
+    for name in ("base_lrs", "_last_lr", *SCHEDULER_RATES[type(scheduler)]):
+        if vars(scheduler).get(name) is not None:
+            yield vars(scheduler), name
+    for child in vars(scheduler).get("_schedulers", ()):
+        yield from _scheduler_rates(child)
+
+
+def _rescaled(rate: Any, scale: float) -> Any:
+    return [one * scale for one in rate] if isinstance(rate, list) else rate * scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -100,7 +100,7 @@ class _Mechanized(Optimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._updater = Updater(_Base(self), **self._options["updater"])
+        self._updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
         self._mechanic = Mechanic(self._updater, **self._options["mechanic"])
         self._mirrored = 0
         # A GradScaler then unscales before the step, as the tuner needs, and not inside a fused one.
@@ -222,7 +222,7 @@ class _Base:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         step = self._outer._base.step
         while getattr(step, "hooked", False):
-            step = step.__wrapped__  # type: ignore[attr-defined]
+            step = step.__wrapped__
         return step(self._outer) if closure is None else step(self._outer, closure)
 
 

@@ -283,7 +283,7 @@ class Updater:
         expected = [len(group["params"]) for group in self.param_groups]
         if groups != expected:
             raise ValueError(
-                f"The state dict is of another model: its parameter groups have {groups} parameters, expected {expected}."
+                f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
         self.base_optimizer.load_state_dict(state_dict["base_optimizer"])
         if self.lr_scheduler is not None:
@@ -393,8 +393,8 @@ def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
         return
     if type(scheduler) not in SCHEDULER_RATES:
         raise ValueError(
-            f"hand_off() cannot rescale a {type(scheduler).__name__}: it does not know which of its numbers are learning "
-            "rates. Multiply the optimizer's lr by float(mechanic.scale) yourself, and build a scheduler on it."
+            f"hand_off() cannot rescale a {type(scheduler).__name__}: which of its numbers are learning rates is not "
+            "known. Multiply the optimizer's lr by float(mechanic.scale) yourself, and build a scheduler on it."
         )
     for name in ("base_lrs", "_last_lr", *SCHEDULER_RATES[type(scheduler)]):
         if vars(scheduler).get(name) is not None:

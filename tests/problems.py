@@ -1,0 +1,118 @@
+"""The table of cases that the tests run over: base optimizers, schedules, and a problem to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+
+class Lion(torch.optim.Optimizer):
+    """A custom optimizer of the kind people write: no foreach, no capturable, a `step` that returns nothing useful."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(m.lerp(p.grad, 1 - group["betas"][0]).sign_(), alpha=-group["lr"])
+                m.lerp_(p.grad, 1 - group["betas"][1])
+        return loss
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer with its options."""
+
+    cls: type[torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, params: Iterable[Any], lr: float) -> torch.optim.Optimizer:
+        return self.cls(params, lr=lr, **self.options)  # type: ignore[call-arg]
+
+
+OPTIMIZERS = {
+    "sgd": Base(torch.optim.SGD),
+    "sgd_nesterov": Base(torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}),
+    "adam_amsgrad": Base(torch.optim.Adam, {"amsgrad": True}),
+    "adamw": Base(torch.optim.AdamW),
+    "rmsprop": Base(torch.optim.RMSprop, {"momentum": 0.5}),
+    "adagrad": Base(torch.optim.Adagrad),
+    "nadam": Base(torch.optim.NAdam),
+    "lion": Base(Lion),
+}
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "none": lambda optimizer: None,
+    "cosine_warmup": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10), lr_scheduler.CosineAnnealingLR(optimizer, 200)],
+        [10],
+    ),
+}
+
+
+class Net(nn.Module):
+    """Weights, zero biases, a 0-d parameter, and one parameter that never gets a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 8)
+        self.out = nn.Linear(8, 1)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.unused = nn.Parameter(torch.ones(3))
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * self.out(torch.tanh(self.hidden(x)))
+
+
+def make_net(seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Noisy, and contrary in two early steps, so that h takes both signs: else the paper's rule never leaves s = 0."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    noise = torch.randn(16, 1, generator=generator, dtype=torch.float64)
+    y = x[:, :1] * x[:, 1:2] + x[:, 2:3] + 0.3 * noise
+    if step in (2, 3):
+        y = -5 * y
+    return x.to(dtype), y.to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x, y = batch(step, dtype)
+    return (model(x) - y).square().mean()
+
+
+def backward(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    model.zero_grad()
+    loss = loss_of(model, step, dtype)
+    loss.backward()
+    return loss.detach()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,126 @@
+"""The published forms of Mechanic, against a plain-float oracle and against the published packages themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mechanic_pytorch
+import numpy as np
+import optax
+import pytest
+import torch
+from oracle import Oracle
+from problems import OPTIMIZERS, SCHEDULERS, backward, flat, make_net, relative_difference
+
+from manic import Mechanic, Updater
+
+STEPS = 150
+TOLERANCE = 1e-9
+S_INIT = 1e-4  # reaches a useful scale within the steps of a test
+
+
+def assert_moved(start: torch.Tensor, end: torch.Tensor, hs: list[float], scale: float) -> None:
+    """Nothing may pass by standing still."""
+    assert relative_difference(end, start) > 1e-2
+    assert scale > 0
+    assert min(hs) < 0 < max(hs)
+
+
+def run_manic(
+    optimizer: str, scheduler: str, *, store_delta: bool, rule: str, s_decay: float
+) -> tuple[torch.Tensor, float]:
+    model = make_net()
+    start, hs = flat(model), []
+    base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
+    updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
+    mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=S_INIT, log_func=lambda d: hs.append(float(d["h"])))
+    for step in range(STEPS):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    assert_moved(start, flat(model), hs, float(mechanic.scale))
+    return flat(model), float(mechanic.scale)
+
+
+def drive(
+    optimizer: str, scheduler: str, tune: Callable[[list[float], list[float], list[float]], list[float]]
+) -> torch.Tensor:
+    """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u)`` returns for x."""
+    model = make_net()
+    base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
+    schedule = SCHEDULERS[scheduler](base)
+    for step in range(STEPS):
+        backward(model, step)
+        x = flat(model)
+        g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])
+        base.step()
+        u = flat(model) - x
+        new = torch.tensor(tune(x.tolist(), g.tolist(), u.tolist()), dtype=torch.float64)
+        with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(new, list(model.parameters()))
+        if schedule is not None:
+            schedule.step()
+    return flat(model)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("rule", ["paper", "mechanic_pytorch", "manic", "optax"])
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
+def test_oracle(optimizer: str, scheduler: str, rule: str) -> None:
+    betas = [0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999]
+    name = "mechanic_pytorch" if rule == "manic" else rule
+    oracle = Oracle(flat(make_net()).tolist(), name, betas, lam=1e-2, s_init=S_INIT, eps=1e-8)
+    expected = drive(optimizer, scheduler, oracle.step)
+    parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=1e-2)
+    assert relative_difference(parameters, expected) < TOLERANCE
+    assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
+
+
+@pytest.fixture
+def _float64_by_default() -> Any:
+    torch.set_default_dtype(torch.float64)  # the published package makes its tuner state in the default dtype
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64_by_default")
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_mechanic_pytorch(optimizer: str, store_delta: bool) -> None:
+    """At λ = 0: the published package's λ term reads the parameters after the base step."""
+    model, base = make_net(), OPTIMIZERS[optimizer]
+    with_gradient = [p for p in model.parameters() if p is not model.unused]
+    published = mechanic_pytorch.mechanize(base.cls, s_decay=0.0, s_init=S_INIT, store_delta=store_delta)(
+        with_gradient, lr=0.5, **base.options
+    )
+    for step in range(STEPS):
+        backward(model, step)
+        published.step()
+    ours, scale = run_manic(optimizer, "none", store_delta=store_delta, rule="mechanic_pytorch", s_decay=0.0)
+    assert relative_difference(ours, flat(model)) < TOLERANCE
+    assert scale == pytest.approx(float(published.state["_mechanic"]["s"].sum()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optax(optimizer: str, scheduler: str) -> None:
+    """At λ > 0. The base update inside optax is torch's, so that only Mechanic is compared."""
+    with jax.enable_x64(True):
+        base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), lambda g, s, p, *, u: (u, s))
+        published = optax.contrib.mechanize(base, weight_decay=1e-2, s_init=S_INIT)
+        state = published.init(jnp.asarray(flat(make_net()).numpy()))
+        update = jax.jit(lambda g, state, x, u: published.update(g, state, x, u=u))
+
+        def tune(x: list[float], g: list[float], u: list[float]) -> list[float]:
+            nonlocal state
+            change, state = update(np.array(g), state, np.array(x), np.array(u))
+            return (np.array(x) + np.asarray(change)).tolist()
+
+        expected = drive(optimizer, scheduler, tune)
+        expected_scale = float(state.s.sum())
+    ours, scale = run_manic(optimizer, scheduler, store_delta=False, rule="optax", s_decay=1e-2)
+    assert relative_difference(ours, expected) < TOLERANCE
+    assert scale == pytest.approx(expected_scale, rel=TOLERANCE)

@@ -15,7 +15,7 @@ def dot(a: list[float], b: list[float]) -> float:
 class Oracle:
     """One run of Algorithm 1 as printed (``paper``), or as mechanic-pytorch or optax have it."""
 
-    def __init__(self, x: list[float], rule: str, betas: list[float], lam: float, s_init: float, eps: float) -> None:
+    def __init__(self, x: list[float], rule: str, *, betas: list[float], lam: float, s_init: float, eps: float) -> None:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.reference = list(x)

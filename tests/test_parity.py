@@ -72,7 +72,7 @@ def drive(
 def test_oracle(optimizer: str, scheduler: str, rule: str) -> None:
     betas = [0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999]
     name = "mechanic_pytorch" if rule == "manic" else rule
-    oracle = Oracle(flat(make_net()).tolist(), name, betas, lam=1e-2, s_init=S_INIT, eps=1e-8)
+    oracle = Oracle(flat(make_net()).tolist(), name, betas=betas, lam=1e-2, s_init=S_INIT, eps=1e-8)
     expected = drive(optimizer, scheduler, oracle.step)
     parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=1e-2)
     assert relative_difference(parameters, expected) < TOLERANCE

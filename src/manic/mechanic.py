@@ -180,20 +180,21 @@ class Mechanic:
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
-        check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
-        config = TunerConfig(**state_dict["config"])
-        state = TunerState(**state_dict["tuner"])
-        if any(tensor.shape != (len(config.betas),) for tensor in state):
-            raise ValueError(
-                f"The tuner's tensors have shapes {[tuple(tensor.shape) for tensor in state]}; "
-                f"expected one number for each of {len(config.betas)} betas."
-            )
-        self._configure(config)
+        self.check_state(state_dict)
+        self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
         self._skipped.copy_(state_dict["skipped"])
-        scale = self._state.scales
-        self._state = TunerState(*(tensor.detach().to(scale, copy=True) for tensor in state))
+        scales = self._state.scales
+        self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
+        check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
+        n = len(state_dict["config"]["betas"])
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict["tuner"].items()}
+        if shapes != dict.fromkeys(TunerState._fields, (n,)):
+            raise ValueError(f"The tuner's tensors have shapes {shapes}; expected one number for each of {n} betas.")
 
     def _configure(self, config: TunerConfig) -> None:
         self._config = config

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
-from manic.updater import STATE_VERSION, Updater
+from manic.updater import STATE_VERSION, Updater, keep_dtypes
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group.
 STATE_KEYS = ("reference", "delta")
@@ -168,13 +168,14 @@ class _Mechanized(Optimizer):
             if rest := {name: value for name, value in tensors.items() if name not in STATE_KEYS}:
                 base_state[key] = rest
         self._updater.check_displacement(displacement)
-
-        super().load_state_dict({**state_dict, "state": base_state})
         tuner = TunerState(*saved["mechanic_tuner"])
-        mechanic_state = self._mechanic.state_dict()
-        mechanic_state["tuner"] = tuner._asdict()
-        mechanic_state["steps"] = saved["mechanic_steps"]
-        mechanic_state["skipped"] = saved["mechanic_skipped"]
+        mechanic_state = {**self._mechanic.state_dict(), "tuner": tuner._asdict()}
+        mechanic_state |= {"steps": saved["mechanic_steps"], "skipped": saved["mechanic_skipped"]}
+        self._mechanic.check_state(mechanic_state)
+
+        base = {**state_dict, "state": base_state}
+        super().load_state_dict(base)
+        keep_dtypes(self, base, displacement)
         self._mechanic.load_state_dict(mechanic_state)
         self._updater.load_tuning(tuner.scales.sum(), saved["mechanic_unit"], displacement)
         self._mirrored = 0

@@ -16,7 +16,7 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
 
     Args:
         histories: the runs by name; each a `History`, or a mapping from ``"step"``, ``"loss"``, ``"scale"`` and
-            ``"lr_0"`` to lists of numbers, of which all but ``"step"`` may be missing. Panels without data are left out.
+            ``"lr_0"`` to lists of numbers, of which all but ``"step"`` may be missing. Empty panels are left out.
         path: the file to write; its ending decides the format, for example ``.png``.
 
     Raises:

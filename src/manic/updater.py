@@ -286,6 +286,7 @@ class Updater:
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
         self.base_optimizer.load_state_dict(state_dict["base_optimizer"])
+        keep_dtypes(self.base_optimizer, state_dict["base_optimizer"], state_dict["displacement"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
         self.load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
@@ -372,6 +373,24 @@ class Updater:
 def scale_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[int, dict[str, Tensor]]) -> None:
+    """Give back the dtype of state that was not of its parameter's dtype when it was saved.
+
+    torch casts all but ``step`` to the parameter's dtype on loading: float32 state under bfloat16 parameters would
+    lose its digits, and NAdam's ``mu_product`` does not resume bit for bit.
+    """
+    saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, (key, parameter) in enumerate(zip(saved_keys, parameters, strict=True)):
+        loaded = optimizer.state.get(parameter, {})
+        for name, value in saved["state"].get(key, {}).items():
+            special = (
+                isinstance(value, Tensor) and i in displacement and value.dtype != displacement[i]["reference"].dtype
+            )
+            if special and name != "step":
+                loaded[name] = value.to(loaded[name].device, copy=True)
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:

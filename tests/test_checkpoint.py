@@ -1,0 +1,236 @@
+"""Save and load: bit for bit, in new processes, and nothing half-loaded."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import backward, flat, make_net, relative_difference
+from resume import CASES, M, N, Run, path_of
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from manic import Mechanic, Updater, mechanize
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that were saved after N steps and trained for M more by a new process."""
+    folder = tmp_path_factory.mktemp("runs")
+    for case in CASES:
+        run = Run(*case)
+        run.train(0, N)
+        torch.save(run.state_dict(), path_of(folder, case))
+    script = Path(__file__).parent / "resume.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=300)
+    return folder
+
+
+def leaves(state: Any, prefix: str = "") -> dict[str, Any]:
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found = {}
+    for key, value in items:
+        found |= leaves(value, f"{prefix}.{key}")
+    return found or {prefix: state}
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_resume_in_a_new_process_is_the_same_run(case: tuple[Any, ...], resumed: Path) -> None:
+    straight = Run(*case)
+    start = flat(straight.model)
+    straight.train(0, N)
+    middle = flat(straight.model)
+    straight.train(N, N + M)
+    assert relative_difference(middle, start) > 1e-3
+    assert relative_difference(flat(straight.model), middle) > 1e-3
+    after = torch.load(path_of(resumed, case), weights_only=True)
+    assert_same_bits(after, straight.state_dict())
+
+
+def test_the_two_forms_are_the_same_run() -> None:
+    for case in CASES:
+        if case[0] == "drop-in":
+            drop_in, pair = Run(*case), Run("two objects", *case[1:])
+            start = flat(pair.model)
+            for run in (drop_in, pair):
+                run.train(0, N)
+            assert relative_difference(flat(pair.model), start) > 1e-3
+            assert torch.equal(flat(drop_in.model), flat(pair.model)), case
+
+
+def test_the_published_recipe() -> None:
+    """As written in the first README of the two-object form, ``mechanic.optimizer = …`` included."""
+    model = make_net()
+
+    def build() -> tuple[Updater, Mechanic]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        lr_scheduler = CosineAnnealingLR(optimizer, 50)
+        updater = Updater(optimizer, lr_scheduler)
+        return updater, Mechanic(updater)
+
+    updater, mechanic = build()
+    for step in range(5):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    updater_state = updater.state_dict()
+    mechanic_state = mechanic.state_dict()
+    expected = float(mechanic.scale)
+
+    updater, mechanic = build()
+    updater.load_state_dict(updater_state)
+    mechanic.load_state_dict(mechanic_state)
+    mechanic.optimizer = updater.base_optimizer
+    assert float(mechanic.scale) == expected > 0
+    with pytest.raises(ValueError, match="can only be its updater's base optimizer"):
+        mechanic.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
+def test_state_dicts_own_their_tensors(case: tuple[Any, ...]) -> None:
+    run = Run(*case)
+    run.train(0, N)
+    states = {name: part.state_dict() for name, part in run.parts.items()}
+    kept = copy.deepcopy(states)
+    run.train(N, N + 5)
+    assert_same_bits(states, kept)
+
+
+def test_a_save_between_the_two_steps_is_the_state_before_both() -> None:
+    run = Run("two objects", "adamw", "cosine_warmup", True)
+    run.train(0, 10)
+    expected = run.state_dict()
+    expected["model"] = copy.deepcopy(expected["model"])
+    backward(run.model, 10)
+    run.parts["mechanic"].step()
+    assert_same_bits(run.state_dict(), expected)
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_the_model_may_be_loaded_before_or_after(model_first: bool, store_delta: bool) -> None:
+    run = Run("two objects", "adamw", "none", store_delta)
+    run.train(0, N)
+    state = copy.deepcopy(run.state_dict())
+    run.train(N, N + 10)
+    other = Run("two objects", "adamw", "none", store_delta, seed=3)
+    for name in ("model", "updater", "mechanic") if model_first else ("mechanic", "updater", "model"):
+        (other.model if name == "model" else other.parts[name]).load_state_dict(state[name])
+    other.train(N, N + 10)
+    assert torch.equal(flat(other.model), flat(run.model))
+
+
+def test_float32_state_stays_float32_under_bfloat16_parameters() -> None:
+    model = make_net(dtype=torch.bfloat16)
+    optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(model.parameters(), lr=0.1)
+    for step in range(20):
+        backward(model, step, torch.bfloat16)
+        optimizer.step()
+    state = optimizer.state_dict()
+    deltas = [entry["delta"].clone() for entry in state["state"].values()]
+    assert all(delta.dtype == torch.float32 for delta in deltas)
+    assert any(not torch.equal(delta, delta.bfloat16().float()) for delta in deltas)
+    fresh = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
+    fresh.load_state_dict(state)
+    for entry, delta in zip(fresh.state_dict()["state"].values(), deltas, strict=True):
+        assert entry["delta"].dtype == torch.float32
+        assert torch.equal(entry["delta"], delta)
+
+
+class Wider(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, width, dtype=torch.float64)
+        self.out = nn.Linear(width, 1, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.hidden(x))
+
+
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+def test_a_state_of_another_model_is_refused_whole(form: str) -> None:
+    def build(width: int) -> tuple[nn.Module, Any, Any]:
+        torch.manual_seed(0)
+        model = Wider(width)
+        if form == "drop-in":
+            optimizer = mechanize(torch.optim.AdamW)(model.named_parameters(), lr=0.1)
+            return model, optimizer, optimizer.step
+        updater = Updater(torch.optim.AdamW(model.named_parameters(), lr=0.1))
+        mechanic = Mechanic(updater)
+
+        def step() -> None:
+            mechanic.step()
+            updater.step()
+
+        return model, updater, step
+
+    saved_model, saved, step = build(8)
+    for i in range(3):
+        backward(saved_model, i)
+        step()
+    model, target, step = build(9)
+    for i in range(3):
+        backward(model, i)
+        step()
+    before = target.state_dict()
+    with pytest.raises(
+        ValueError, match=r"parameter 0 \(hidden.weight\) has shape \(8, 6\), the parameter has \(9, 6\)"
+    ):
+        target.load_state_dict(saved.state_dict())
+    assert_same_bits(target.state_dict(), before)
+
+
+def test_refused_states() -> None:
+    model = make_net()
+
+    def updater(**options: Any) -> Updater:
+        return Updater(torch.optim.AdamW(model.parameters(), lr=0.1), **options)
+
+    run = Run("two objects", "adamw", "cosine_warmup", True)
+    run.train(0, 3)
+    state, mechanic_state = run.parts["updater"].state_dict(), run.parts["mechanic"].state_dict()
+    with pytest.raises(ValueError, match="has no lr_scheduler and the state dict has one"):
+        updater().load_state_dict(state)
+    plain = {**state, "lr_scheduler": None}
+    with pytest.raises(ValueError, match="saved with store_delta=True"):
+        updater(store_delta=False).load_state_dict(plain)
+    with pytest.raises(ValueError, match="version 99; this release reads version 1"):
+        updater().load_state_dict({**plain, "version": 99})
+    with pytest.raises(ValueError, match=r"lacks version.*expected what Updater.state_dict\(\) returns"):
+        updater().load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match=r"expected what Mechanic.state_dict\(\) returns"):
+        Mechanic(updater()).load_state_dict(state)
+    few = torch.optim.AdamW(list(model.parameters())[:3], lr=0.1)
+    with pytest.raises(ValueError, match="of another model"):
+        Updater(few).load_state_dict(plain)
+    broken = {**mechanic_state, "tuner": {name: t[:2] for name, t in mechanic_state["tuner"].items()}}
+    with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+        Mechanic(updater()).load_state_dict(broken)
+    drop_in = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="expected the state dict of a mechanized AdamW"):
+        drop_in.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    other = mechanize(torch.optim.AdamW, betas=(0.9,))(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+        drop_in.load_state_dict(other.state_dict())
+
+
+def test_torch_load_needs_no_trust() -> None:
+    run = Run("drop-in", "sgd_nesterov", "cosine_warmup", True)
+    run.train(0, 5)
+    file = io.BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    assert_same_bits(torch.load(file, weights_only=True), run.state_dict())

@@ -1,0 +1,235 @@
+"""The drop-in is an optimizer like any other."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from problems import OPTIMIZERS, backward, flat, loss_of, make_net, relative_difference
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from manic import Mechanic, Updater, is_mechanized, mechanize
+
+
+def make(model: nn.Module, name: str = "adamw", **options: Any) -> Any:
+    base = OPTIMIZERS[name]
+    return mechanize(base.cls, **{"s_init": 1e-3, **options})(model.parameters(), lr=0.1, **base.options)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+
+
+def test_the_published_one_liner_and_options() -> None:
+    model = make_net()
+    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    train(model, optimizer, range(3))
+    optimizer = mechanize(torch.optim.SGD, s_decay=0.0, betas=(0.999, 0.999999), store_delta=False)(
+        model.parameters(), lr=0.01
+    )
+    train(model, optimizer, range(3))
+    assert float(optimizer.scale) > 0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_its_base(name: str) -> None:
+    optimizer = make(make_net(), name)
+    assert isinstance(optimizer, OPTIMIZERS[name].cls)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert is_mechanized(optimizer)
+    assert not is_mechanized(OPTIMIZERS[name](make_net().parameters(), lr=0.1))
+    assert type(optimizer).__name__ == f"Mechanized{OPTIMIZERS[name].cls.__name__}"
+    assert "lr: 0.1" in repr(optimizer)
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_hooks_fire_once(plain_first: bool) -> None:
+    """Also when torch has already wrapped the base's step for a plain optimizer."""
+
+    class Fresh(torch.optim.SGD):
+        pass
+
+    model, fired = make_net(), []
+    if plain_first:
+        Fresh(make_net().parameters(), lr=0.1)
+    optimizer = mechanize(Fresh)(model.parameters(), lr=0.1)
+    if not plain_first:
+        Fresh(make_net().parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: fired.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: fired.append("post"))
+    handle = register_optimizer_step_post_hook(lambda o, args, kwargs: fired.append("global"))
+    train(model, optimizer, range(2))
+    handle.remove()
+    assert fired == ["pre", "post", "global"] * 2
+
+
+def test_schedulers_see_and_set_the_lr_given() -> None:
+    model = make_net()
+    optimizer = make(model)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1))
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    assert optimizer.get_last_lr() == [float(optimizer.scale) * optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("name", ["sgd_nesterov", "adamw"])
+def test_copies_go_on_the_same_way(name: str, copy_of: Any) -> None:
+    model = make_net()
+    optimizer = make(model, name)
+    train(model, optimizer, range(20))
+    twin_model, twin = copy_of((model, optimizer))
+    assert is_mechanized(twin)
+    assert isinstance(twin, OPTIMIZERS[name].cls)
+    start = flat(model)
+    train(model, optimizer, range(20, 40))
+    assert torch.equal(flat(twin_model), start)
+    train(twin_model, twin, range(20, 40))
+    assert relative_difference(flat(model), start) > 1e-3
+    assert torch.equal(flat(twin_model), flat(model))
+    assert twin.state_dict().keys() == optimizer.state_dict().keys()
+
+
+def test_closure_is_evaluated_once_and_errors_leave_everything() -> None:
+    model, twin = make_net(), make_net()
+    optimizer, twin_optimizer = make(model), make(twin)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        calls.append(1)
+        return backward(model, len(calls) - 1)
+
+    losses = [optimizer.step(closure) for _ in range(20)]
+    train(twin, twin_optimizer, range(20))
+    assert len(calls) == 20
+    assert float(losses[0]) > 0
+    assert relative_difference(flat(model), flat(make_net())) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
+
+    def broken() -> torch.Tensor:
+        raise KeyError("in the closure")
+
+    before = flat(model)
+    with pytest.raises(KeyError, match="in the closure"):
+        optimizer.step(broken)
+    assert torch.is_grad_enabled()
+    assert torch.equal(flat(model), before)
+
+
+def test_lbfgs_evaluates_its_closure_again() -> None:
+    model, calls = make_net(), []
+    parameters = [p for p in model.parameters() if p is not model.unused]
+    optimizer = mechanize(torch.optim.LBFGS)(parameters, lr=1.0, max_iter=5)
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        return backward(model, 0)
+
+    expected = float(backward(model, 0))
+    assert float(optimizer.step(closure)) == expected
+    assert len(calls) > 2
+    assert relative_difference(flat(model), flat(make_net())) > 0
+
+
+def test_add_param_group_and_missing_gradients() -> None:
+    model = make_net()
+    optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(model.hidden.parameters(), lr=0.1)
+    train(model, optimizer, range(20))
+    optimizer.add_param_group({"params": [*model.out.parameters(), model.unused], "lr": 0.05})
+    before = model.out.weight.detach().clone()
+    train(model, optimizer, range(20, 60))
+    assert relative_difference(model.out.weight.detach(), before) > 1e-2
+    assert torch.equal(model.unused, torch.ones(3))
+    state = optimizer.state_dict()
+    assert [len(group["params"]) for group in state["param_groups"]] == [2, 3]
+    assert {"reference", "delta", "exp_avg", "exp_avg_sq", "step"} == set(state["state"][0])
+    assert state["state"][2]["delta"].shape == model.out.weight.shape
+
+
+def test_live_state_is_in_torchs_layout() -> None:
+    model = make_net()
+    optimizer = make(model)
+    train(model, optimizer, range(20))
+    state = optimizer.state[model.out.weight]
+    internal = optimizer.scale * 0.1  # the scale of a base that steps at lr 1
+    assert torch.allclose(model.out.weight, state["reference"] + state["delta"] * internal, rtol=1e-12)
+    assert float(state["delta"].norm()) > 0
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_distributed_checkpoint_state_dicts(name: str, flatten: bool) -> None:
+    """By parameter name, and taking one changes nothing, not even for an optimizer without a state of its own."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = make_net()
+    model.unused.requires_grad_(False)
+    optimizer = make(model, name)
+    train(model, optimizer, range(20))
+    optimizer.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict())
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    after = optimizer.state_dict()
+    assert torch.equal(after["param_groups"][0]["mechanic_tuner"], before["param_groups"][0]["mechanic_tuner"])
+    name_of_delta = "state.out.weight.delta" if flatten else "out.weight"
+    assert name_of_delta in (state if flatten else state["state"])
+
+    twin = make_net(3)
+    twin.unused.requires_grad_(False)
+    twin_optimizer = make(twin, name)
+    set_optimizer_state_dict(twin, twin_optimizer, copy.deepcopy(state), options=options)
+    twin.load_state_dict(model.state_dict())
+    start = flat(model)
+    for net, one in ((model, optimizer), (twin, twin_optimizer)):
+        train(net, one, range(20, 40))
+    assert relative_difference(flat(model), start) > 1e-3
+    assert torch.equal(flat(twin), flat(model))
+
+
+@pytest.mark.parametrize("form", ["drop-in", "two objects"])
+def test_grad_scaler_skips_whole_steps(form: str) -> None:
+    """Injected infs, in float32 with a loss scale: the run is that of the finite steps alone."""
+
+    def run(bad: set[int]) -> torch.Tensor:
+        model = make_net(dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000, backoff_factor=0.999999)
+        if form == "drop-in":
+            mechanic, target = None, make(model)
+        else:
+            target = Updater(torch.optim.AdamW(model.parameters(), lr=0.1))
+            mechanic = Mechanic(target, s_init=1e-3)
+        finite = 0
+        for step in range(30 + len(bad)):
+            model.zero_grad()
+            scaler.scale(loss_of(model, finite, torch.float32)).backward()
+            if step in bad:
+                assert model.gain.grad is not None
+                model.gain.grad.fill_(float("inf"))
+            finite += step not in bad
+            scaler.unscale_(target)
+            if mechanic is not None:
+                mechanic.step()
+            scaler.step(target)
+            scaler.update()
+        assert finite == 30
+        return flat(model)
+
+    with_bad, without = run({0, 1, 9, 20}), run(set())
+    assert relative_difference(without, flat(make_net(dtype=torch.float32))) > 1e-3
+    assert relative_difference(with_bad, without) < 1e-3

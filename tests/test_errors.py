@@ -1,0 +1,163 @@
+"""Misuse gets an error that says what was given, what was expected and what to do; and nothing is changed by it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import backward, flat, make_net
+from torch import nn
+from torch.optim import lr_scheduler
+
+from manic import Mechanic, Updater, mechanize
+from manic.tuner import TunerConfig
+
+
+def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(make_net().parameters(), lr=lr, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "best"}, "rule is 'best'; expected one of manic, paper, mechanic_pytorch, optax"),
+        ({"betas": ()}, r"betas is \(\); expected at least one number, each in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
+        ({"betas": (-0.1,)}, r"betas is \(-0.1,\)"),
+        ({"s_init": 0.0}, "s_init is 0.0; expected a finite number > 0.*try 1e-8"),
+        ({"s_init": -1.0}, "s_init is -1.0"),
+        ({"eps": 0.0}, "eps is 0.0; expected a finite number > 0"),
+        ({"s_decay": -1e-3}, "s_decay is -0.001; expected a finite number >= 0"),
+        ({"s_decay": math.nan}, "s_decay is nan"),
+        ({"max_scale": 0.0}, "max_scale is 0.0"),
+        ({"log_every": -1}, "log_every is -1; expected a number of steps, 0 or more"),
+    ],
+)
+def test_mechanic_options(options: dict[str, Any], message: str) -> None:
+    updater = Updater(sgd())
+    with pytest.raises(ValueError, match=message):
+        Mechanic(updater, **options)
+    Mechanic(updater)  # a refused Mechanic has not taken the Updater
+    with pytest.raises(ValueError, match=message):
+        mechanize(torch.optim.SGD, **options)(make_net().parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonfinite": "ignore"}, "nonfinite is 'ignore'; expected 'skip' or 'raise'"),
+        ({"internal_lr": 0.0}, "internal_lr is 0.0; expected a finite number > 0, or None"),
+        ({"internal_lr": math.inf}, "internal_lr is inf"),
+    ],
+)
+def test_updater_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Updater(sgd(), **options)
+
+
+def test_what_is_not_an_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"optimizer is a generator; expected a torch.optim.Optimizer"):
+        Updater(make_net().parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"updater is a SGD; expected a manic.Updater"):
+        Mechanic(sgd())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected an optimizer class"):
+        mechanize(sgd())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr_scheduler schedules another optimizer"):
+        Updater(sgd(), lr_scheduler.StepLR(sgd(), 1))
+
+
+@pytest.mark.parametrize("lr", [None, "relative"])
+def test_an_lr_that_is_not_a_number(lr: Any) -> None:
+    class Adaptive(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=1.0)
+            self.param_groups[0]["lr"] = lr
+
+    with pytest.raises(
+        TypeError, match=f"group 0 of Adaptive has lr={lr!r}, which cannot be scaled; expected a number"
+    ):
+        Updater(Adaptive(make_net().parameters()))
+
+
+def test_no_lr_to_start_from() -> None:
+    with pytest.raises(ValueError, match=r"The largest initial lr is 0.0; expected a finite number > 0"):
+        Updater(sgd(lr=0.0))
+    Updater(sgd(lr=0.0), internal_lr=None)
+
+
+def test_order_of_calls() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"without a mechanic.step\(\) before it. Call mechanic.step\(\), then"):
+        updater.step()
+    mechanic.step()
+    updater.step()
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="without a mechanic"):
+        updater.step()
+    assert torch.equal(flat(model), before)
+    with pytest.raises(ValueError, match="This Updater has a Mechanic already"):
+        Mechanic(updater)
+
+
+def test_maximize() -> None:
+    with pytest.raises(ValueError, match=r"group 0 has maximize=True.*Minimize the negative of the objective"):
+        Updater(sgd(maximize=True))
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.hidden.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    updater.base_optimizer.add_param_group({"params": model.out.parameters(), "maximize": True})
+    backward(model, 0)
+    with pytest.raises(ValueError, match="group 1 has maximize=True"):
+        mechanic.step()
+
+
+def test_sparse_gradients() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    updater = Updater(torch.optim.SGD(embedding.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    before = embedding.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"shape \(5, 3\) has layout torch.sparse_coo; expected a dense one. .*sparse=False"
+    ):
+        mechanic.step()
+    assert torch.equal(embedding.weight, before)
+    assert embedding.weight.grad is not None
+    embedding.weight.grad = embedding.weight.grad.to_dense()
+    mechanic.step()
+    updater.step()
+
+
+def test_hand_off_that_cannot_be() -> None:
+    class Odd(lr_scheduler.StepLR):
+        pass
+
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(optimizer, Odd(optimizer, 10))
+    mechanic = Mechanic(updater)
+    with pytest.raises(
+        RuntimeError, match=r"scale is 0.0, so there is no learning rate to hand off yet. Train for more"
+    ):
+        mechanic.hand_off()
+    for step in range(3):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    with pytest.raises(
+        ValueError, match=r"cannot rescale a Odd.*Multiply the optimizer's lr by float\(mechanic.scale\)"
+    ):
+        mechanic.hand_off()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    mechanic.step()
+    updater.step()
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        TunerConfig().eps = 1.0  # type: ignore[misc]

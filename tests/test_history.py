@@ -1,0 +1,117 @@
+"""The recorder, its files and pictures."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import backward, make_net
+
+from manic import History, Mechanic, Updater
+from manic import history as history_module
+from manic.plotting import plot_histories
+
+
+def recorded(steps: int = 30, **options: Any) -> tuple[History, list[float], list[float]]:
+    model, history = make_net(), History()
+    groups = [{"params": model.hidden.parameters()}, {"params": model.out.parameters(), "lr": 0.1}]
+    updater = Updater(torch.optim.AdamW(groups, lr=0.2))
+    mechanic = Mechanic(updater, log_func=history, s_init=1e-3, **options)
+    losses, scales = [], []
+    for step in range(steps):
+        loss = backward(model, step)
+        history.record(loss=loss)
+        mechanic.step()
+        updater.step()
+        losses.append(float(loss))
+        scales.append(float(updater.scale))
+    return history, losses, scales
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_rows_are_what_happened(chunk: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(history_module, "CHUNK", chunk)
+    history, losses, scales = recorded()
+    assert len(history) == 30
+    assert history["step"] == list(range(1, 31))
+    assert history["loss"] == losses
+    assert history["scale"] == scales
+    assert history["lr_0"] == [0.2 * scale for scale in scales]
+    assert history["lr_1"] == [0.1 * scale for scale in scales]
+    assert min(history["h"]) < 0 < max(history["h"])
+    assert history["skipped"] == [0] * 30
+    history.to_csv(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["scale"]) for row in rows] == scales
+    assert [float(row["loss"]) for row in rows] == losses
+
+
+def test_log_every() -> None:
+    history, losses, _ = recorded(log_every=10)
+    assert history["step"] == [10, 20, 30]
+    assert history["loss"] == losses[9::10]
+
+
+def test_recording_reads_no_tensor_before_a_chunk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor's value is what makes a step wait for an accelerator."""
+    model, history = make_net(), History()
+    updater = Updater(torch.optim.AdamW(model.parameters(), lr=0.2))
+    mechanic = Mechanic(updater, log_func=history)
+    loss = backward(model, 0)
+
+    def read(*args: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    history.record(loss=loss)
+    mechanic.step()
+    monkeypatch.undo()
+    updater.step()
+    assert history["loss"] == [float(loss)]
+
+
+def test_missing_column() -> None:
+    history, _, _ = recorded(2)
+    with pytest.raises(
+        KeyError, match="The history has no 'accuracy'; it has step, scale, lr_0, lr_1, h, skipped, loss"
+    ):
+        history["accuracy"]
+
+
+def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=2.0))
+    mechanic = Mechanic(updater, log_every=2)
+    with caplog.at_level(logging.INFO, logger="manic"):
+        for step in range(4):
+            backward(model, step)
+            mechanic.step()
+            updater.step()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 2", "step 4"]
+    assert f"scale {float(updater.scale):.6g}" in caplog.records[-1].getMessage()
+
+
+def test_pictures(tmp_path: Path) -> None:
+    history, losses, _ = recorded()
+    history.plot(tmp_path / "one.png")
+    plot_histories({"manic": history, "plain": {"step": list(range(30)), "loss": losses}}, tmp_path / "two.png")
+    for name in ("one.png", "two.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="No run has a row"):
+        plot_histories({"nothing": History()}, tmp_path / "none.png")
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    history, _, _ = recorded(2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        ImportError, match=r"Plotting needs matplotlib, which is not installed: pip install 'manic\[plot\]'"
+    ):
+        history.plot(tmp_path / "run.png")

@@ -1,0 +1,510 @@
+"""What the two objects promise about parameters, groups, dtypes, gradients and changes made by others."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import OPTIMIZERS, SCHEDULERS, Net, backward, batch, flat, loss_of, make_net, relative_difference
+from torch import nn
+from torch.optim import lr_scheduler
+
+from manic import Mechanic, Updater
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def pair(model: nn.Module, lr: float = 1.0, scheduler: str = "none", **options: Any) -> tuple[Updater, Mechanic]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    s_init = options.pop("s_init", 1e-3)
+    updater = Updater(optimizer, SCHEDULERS[scheduler](optimizer), **options)
+    return updater, Mechanic(updater, s_init=s_init)
+
+
+def train(model: nn.Module, updater: Updater, mechanic: Mechanic, steps: range, **kwargs: Any) -> float:
+    loss = math.nan
+    for step in steps:
+        loss = float(backward(model, step, **kwargs))
+        mechanic.step()
+        updater.step()
+    return loss
+
+
+def evaluate(model: nn.Module, dtype: torch.dtype = torch.float64) -> float:
+    with torch.no_grad():
+        return sum(float(loss_of(model, step, dtype)) for step in range(500, 520)) / 20
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_it_learns(optimizer: str, store_delta: bool) -> None:
+    """From an lr that is wrong by ten orders of magnitude."""
+    model = make_net()
+    before = evaluate(model)
+    base = OPTIMIZERS[optimizer](model.parameters(), lr=1e-10)
+    updater = Updater(base, store_delta=store_delta)
+    train(model, updater, Mechanic(updater, s_init=1e-3), range(400))
+    assert evaluate(model) < 0.8 * before
+    assert base.param_groups[0]["lr"] == 1e-10
+
+
+@pytest.mark.parametrize("lr", [1e-12, 1e-8, 0.3, 1e6])
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "rmsprop"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_lr_does_not_matter(optimizer: str, scheduler: str, lr: float) -> None:
+    def run(lr: float) -> tuple[torch.Tensor, float]:
+        model = make_net()
+        start = flat(model)
+        base = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
+        updater = Updater(base, SCHEDULERS[scheduler](base))
+        train(model, updater, Mechanic(updater, s_init=1e-3), range(120))
+        assert relative_difference(flat(model), start) > 1e-2
+        return flat(model), float(updater.scale) * lr
+
+    parameters, effective = run(lr)
+    expected_parameters, expected_effective = run(1.0)
+    assert relative_difference(parameters, expected_parameters) < 1e-9
+    assert effective == pytest.approx(expected_effective, rel=1e-9)
+
+
+class Rearranged(nn.Module):
+    """`Net` with its hidden weight in two tensors, and the parameters in another order."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.out = copy.deepcopy(net.out)
+        self.bias = nn.Parameter(net.hidden.bias.detach().clone())
+        self.lower = nn.Parameter(net.hidden.weight.detach()[3:].clone())
+        self.gain = nn.Parameter(net.gain.detach().clone())
+        self.upper = nn.Parameter(net.hidden.weight.detach()[:3].clone())
+        self.unused = nn.Parameter(net.unused.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * self.out(torch.tanh(x @ torch.cat([self.upper, self.lower]).T + self.bias))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_splitting_and_permuting_parameters_changes_nothing(optimizer: str, store_delta: bool) -> None:
+    model = make_net()
+    twin = Rearranged(model)
+    start = evaluate(model)
+    assert evaluate(twin) == pytest.approx(start, rel=1e-12)
+    for net in (model, twin):
+        updater = Updater(OPTIMIZERS[optimizer](net.parameters(), lr=1.0), store_delta=store_delta)
+        train(net, updater, Mechanic(updater, s_init=1e-3), range(120))
+    assert evaluate(model) < 0.9 * start
+    assert evaluate(twin) == pytest.approx(evaluate(model), rel=1e-9)
+
+
+def test_groups_keep_their_ratio_and_get_effective_rates() -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(
+        [{"params": model.hidden.parameters(), "lr": 4e-3}, {"params": model.out.parameters()}], 1e-3
+    )
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append([g["lr"] for g in o.param_groups]))
+    updater = Updater(optimizer, lr_scheduler.StepLR(optimizer, 1, 0.5), internal_lr=2.0)
+    mechanic = Mechanic(updater)
+    train(model, updater, mechanic, range(2))
+    assert seen == [[2.0, 0.5], [1.0, 0.25]]  # internal_lr / largest initial lr, and the schedule's factor
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 0.25e-3]
+    assert updater.get_last_lr() == [float(updater.scale) * 1e-3, float(updater.scale) * 0.25e-3]
+    assert mechanic.get_last_lr() == [float(mechanic.scale)] * 2
+    assert updater.param_groups is optimizer.param_groups
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.99**epoch),
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=100),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, 10, cycle_momentum=False),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 20),
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ExponentialLR(o, 0.99), lr_scheduler.StepLR(o, 10, 0.5)], o
+        ),
+        lambda o: lr_scheduler.LambdaLR(o, lambda epoch: min(1.0, epoch / 10)),  # the first rate is zero
+    ],
+)
+def test_any_schedule(make: Any) -> None:
+    model, twin = make_net(), make_net()
+    plain = torch.optim.AdamW(twin.parameters(), lr=1.0)
+    expected = make(plain)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    updater = Updater(optimizer, make(optimizer))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for step in range(60):
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+        train(model, updater, mechanic, range(step, step + 1))
+        plain.step()
+        expected.step()
+    assert relative_difference(flat(model), flat(twin)) > 1e-3
+
+
+def test_a_plateau_schedule_is_stepped_by_its_user() -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    updater = Updater(optimizer, plateau)
+    train(model, updater, Mechanic(updater), range(3))
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    plateau.step(1.0)
+    plateau.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_parameters_join_freeze_and_return(store_delta: bool) -> None:
+    model = make_net()
+    model.hidden.requires_grad_(False)
+    updater, mechanic = pair(model, store_delta=store_delta)
+    hidden = model.hidden.weight.detach().clone()
+    train(model, updater, mechanic, range(40))
+    assert torch.equal(model.hidden.weight, hidden)
+    model.hidden.requires_grad_(True)  # unfrozen: its x_ref is its value now
+    train(model, updater, mechanic, range(40, 41))
+    assert relative_difference(model.hidden.weight.detach(), hidden) < 0.3
+    train(model, updater, mechanic, range(41, 80))
+    moved = model.hidden.weight.detach().clone()
+    assert relative_difference(moved, hidden) > 1e-2
+    model.hidden.requires_grad_(False)  # frozen again: stays, while the scale goes on
+    train(model, updater, mechanic, range(80, 100))
+    assert torch.equal(model.hidden.weight, moved)
+    model.hidden.requires_grad_(True)
+    train(model, updater, mechanic, range(100, 101))
+    assert relative_difference(model.hidden.weight.detach(), moved) < 0.3
+    late = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    updater.base_optimizer.add_param_group({"params": [late]})
+    for step in range(101, 200):
+        model.zero_grad()
+        x, y = batch(step)
+        (model(x) + late - y - 3).square().mean().backward()
+        mechanic.step()
+        updater.step()
+    assert float(late.detach()) > 0.1
+
+
+def test_weights_loaded_after_construction_are_the_reference() -> None:
+    model, loaded = make_net(0), make_net(1)
+    updater, mechanic = pair(model)
+    model.load_state_dict(loaded.state_dict())
+    twin_updater, twin_mechanic = pair(loaded)
+    for net, u, m in ((model, updater, mechanic), (loaded, twin_updater, twin_mechanic)):
+        train(net, u, m, range(50))
+    assert relative_difference(flat(loaded), flat(make_net(1))) > 1e-3
+    assert torch.equal(flat(model), flat(loaded))
+
+
+@pytest.mark.parametrize("through", ["version counter", "rebase"])
+def test_changes_by_others_are_kept_and_the_displacement_stays(through: str) -> None:
+    """The run after the change is that of a reference point shifted by it."""
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(60))
+    weight = model.out.weight
+    slot = updater.displacement.slots[weight]
+    reference, delta, rest = slot.reference.clone(), slot.delta.clone(), model.hidden.weight.detach().clone()
+    changed = weight.detach() + 0.25
+    if through == "rebase":
+        weight.data.copy_(changed)  # moves no version counter
+        updater.rebase()
+    else:
+        with torch.no_grad():
+            weight.copy_(changed)
+    backward(model, 60)
+    mechanic.step()
+    assert torch.allclose(weight, changed, rtol=1e-14)
+    assert torch.allclose(slot.reference, reference + 0.25, rtol=1e-14)
+    assert torch.equal(slot.delta, delta)
+    assert torch.equal(model.hidden.weight, rest)
+    updater.step()
+    assert relative_difference(weight.detach(), changed) < 0.2
+
+
+def test_swapping_weights_and_back_changes_nothing() -> None:
+    """As an average of the weights does, for evaluation."""
+    model, twin = make_net(), make_net()
+    (updater, mechanic), (twin_updater, twin_mechanic) = pair(model), pair(twin)
+    train(model, updater, mechanic, range(60))
+    train(twin, twin_updater, twin_mechanic, range(60))
+    kept = copy.deepcopy(model.state_dict())
+    model.load_state_dict(make_net(3).state_dict())
+    model.load_state_dict(kept)
+    train(model, updater, mechanic, range(60, 90))
+    train(twin, twin_updater, twin_mechanic, range(60, 90))
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=False)
+    train(model, updater, mechanic, range(60))
+    with torch.no_grad():
+        model.out.weight.add_(0.25)
+    changed = model.out.weight.detach().clone()
+    backward(model, 60)
+    with pytest.warns(UserWarning, match="store_delta=True"):
+        mechanic.step()
+    updater.step()
+    assert relative_difference(model.out.weight.detach(), changed) < 0.2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1, 7])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_step_with_a_bad_gradient_might_not_have_been(bad: float, at: int, scheduler: str, store_delta: bool) -> None:
+    model, twin = make_net(), make_net()
+    updater, mechanic = pair(model, scheduler=scheduler, store_delta=store_delta)
+    twin_updater, twin_mechanic = pair(twin, scheduler=scheduler, store_delta=store_delta)
+    start = flat(model)
+    for step in range(40):
+        if step == at:
+            backward(model, 999)
+            assert model.gain.grad is not None
+            model.gain.grad.fill_(bad)
+            mechanic.step()
+            assert updater.step() is None
+        train(model, updater, mechanic, range(step, step + 1))
+    train(twin, twin_updater, twin_mechanic, range(40))
+    assert relative_difference(flat(model), start) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
+    assert torch.equal(updater.scale, twin_updater.scale)
+    assert int(mechanic.state_dict()["skipped"]) == 1
+
+
+def test_nonfinite_raise() -> None:
+    model = make_net()
+    updater, mechanic = pair(model, nonfinite="raise")
+    train(model, updater, mechanic, range(5))
+    before, state = flat(model), updater.state_dict()
+    backward(model, 5)
+    assert model.gain.grad is not None
+    model.gain.grad.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="At step 6 the gradient's norm is nan"):
+        mechanic.step()
+    assert torch.equal(flat(model), before)
+    assert torch.equal(updater.state_dict()["scale"], state["scale"])
+    with pytest.raises(RuntimeError, match=r"without a mechanic.step\(\)"):
+        updater.step()
+
+
+def test_a_second_mechanic_step_replaces_the_first() -> None:
+    """As when a GradScaler skips ``updater.step()``."""
+    model, twin = make_net(), make_net()
+    (updater, mechanic), (twin_updater, twin_mechanic) = pair(model), pair(twin)
+    for step in range(30):
+        backward(model, step + 500)
+        mechanic.step()
+        train(model, updater, mechanic, range(step, step + 1))
+    train(twin, twin_updater, twin_mechanic, range(30))
+    assert relative_difference(flat(twin), flat(make_net())) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_closure() -> None:
+    model, twin = make_net(), make_net()
+    (updater, mechanic), (twin_updater, twin_mechanic) = pair(model), pair(twin)
+    train(twin, twin_updater, twin_mechanic, range(30))
+    for step in range(30):
+        expected = backward(model, step)
+        mechanic.step()
+
+        def closure(step: int = step) -> torch.Tensor:
+            return backward(model, step)
+
+        assert torch.equal(updater.step(closure), expected)
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_failing_base_step_leaves_the_parameters(store_delta: bool) -> None:
+    """A base step at the internal rate throws parameters far away; an interrupt there must not leave them so."""
+    model = make_net()
+    updater, mechanic = pair(model, lr=1e-3, store_delta=store_delta)
+    train(model, updater, mechanic, range(30))
+    before = flat(model)
+    backward(model, 30)
+    mechanic.step()
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = updater.base_optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        updater.step()
+    handle.remove()
+    assert torch.equal(flat(model), before)
+    assert updater.param_groups[0]["lr"] == 1e-3
+    train(model, updater, mechanic, range(31, 40))
+    assert not torch.equal(flat(model), before)
+
+
+def test_max_scale_is_in_units_of_the_lr_given() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.AdamW(model.parameters(), lr=0.01))
+    mechanic = Mechanic(updater, s_init=1e-3, max_scale=0.2)
+    train(model, updater, mechanic, range(60))
+    assert float(mechanic.scale) == pytest.approx(0.2, rel=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, device: str) -> None:
+    """Half-precision parameters train; their Δ and the tuner's numbers are float32 or wider."""
+    model = make_net(dtype=dtype).to(device)
+    before = evaluate(model.cpu(), dtype)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, eps=1e-4)
+    updater = Updater(optimizer)
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for step in range(200):
+        model.zero_grad()
+        x, y = (t.to(device) for t in batch(step, dtype))
+        (model(x) - y).square().mean().backward()
+        mechanic.step()
+        updater.step()
+    slot = updater.displacement.slots[model.gain]
+    assert slot.reference.dtype == dtype
+    assert slot.delta is not None
+    assert slot.delta.dtype == torch.promote_types(dtype, torch.float32)
+    assert updater.scale.dtype == torch.float64
+    assert updater.scale.device.type == device
+    assert evaluate(model.cpu(), dtype) < 0.8 * before
+
+
+def test_complex_parameters() -> None:
+    """A complex parameter is its real and imaginary parts."""
+    target = torch.tensor([1 + 2j, -0.5j, 3.0], dtype=torch.complex128)
+    complex_one = nn.Parameter(torch.zeros(3, dtype=torch.complex128))
+    real_one = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+    for parameter in (complex_one, real_one):
+        updater = Updater(torch.optim.SGD([parameter], lr=1.0, momentum=0.9))
+        mechanic = Mechanic(updater, s_init=1e-3)
+        for step in range(60):
+            updater.zero_grad()
+            scale = 1 + 0.5 * math.sin(step)
+            value = torch.view_as_complex(parameter) if parameter is real_one else parameter
+            (value - scale * target).abs().square().sum().backward()
+            mechanic.step()
+            updater.step()
+    assert float((complex_one - target).detach().abs().max()) < 2
+    assert torch.allclose(torch.view_as_real(complex_one), real_one, rtol=1e-9)
+
+
+def test_memory_layouts() -> None:
+    """Transposed, channels-last, sliced, empty and 0-d parameters follow the same run as contiguous ones."""
+    torch.manual_seed(0)
+    shapes = [(5, 4), (2, 3, 4, 5), (6,), (0, 3), ()]
+    start = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    plain = [nn.Parameter(t.clone()) for t in start]
+    odd = [
+        nn.Parameter(start[0].T.contiguous().T),
+        nn.Parameter(start[1].contiguous(memory_format=torch.channels_last)),
+        nn.Parameter(torch.stack([start[2], start[2]], 1)[:, 0]),
+        nn.Parameter(start[3].clone()),
+        nn.Parameter(start[4].clone()),
+    ]
+    assert not odd[0].is_contiguous()
+    assert not odd[2].is_contiguous()
+    for parameters in (plain, odd):
+        for store_delta in (True, False):
+            with torch.no_grad():
+                for p, value in zip(parameters, start, strict=True):
+                    p.copy_(value)
+            updater = Updater(torch.optim.AdamW(parameters, lr=1.0), store_delta=store_delta)
+            mechanic = Mechanic(updater, s_init=1e-3)
+            for step in range(50):
+                updater.zero_grad()
+                sum((p * p - 0.1 * step % 3 * p).sum() for p in parameters).backward()
+                mechanic.step()
+                updater.step()
+    for a, b, first in zip(plain, odd, start, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+        assert a.numel() == 0 or relative_difference(a.detach(), first) > 1e-2
+
+
+@pytest.mark.parametrize("numel", [1, (1 << 16) - 1, 1 << 16, (1 << 17) + 3])
+def test_blocks(numel: int) -> None:
+    """Tensors of any size against one division of the same elements into small ones."""
+    torch.manual_seed(0)
+    values = torch.randn(numel, dtype=torch.float64)
+    whole = [nn.Parameter(values.clone())]
+    pieces = [nn.Parameter(piece.clone()) for piece in values.split(max(1, numel // 7))]
+    for parameters in (whole, pieces):
+        updater = Updater(torch.optim.SGD(parameters, lr=1.0, momentum=0.5))
+        mechanic = Mechanic(updater, s_init=1e-3)
+        for step in range(20):
+            for p in parameters:
+                p.grad = p.detach() - (step % 3)
+            mechanic.step()
+            updater.step()
+    assert relative_difference(whole[0].detach(), values) > 1e-3
+    assert torch.allclose(whole[0], torch.cat(pieces), rtol=1e-9)
+
+
+def test_parameters_without_gradients_still_move_with_the_scale() -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(40))
+    before, gain = float(updater.scale), model.gain.detach().clone()
+    backward(model, 40)
+    model.gain.grad = None
+    mechanic.step()
+    updater.step()
+    slot = updater.displacement.slots[model.gain]
+    assert float(updater.scale) != before
+    assert slot.delta is not None
+    assert torch.equal(model.gain.detach().reshape(1), slot.reference + slot.delta * updater.scale)
+    assert not torch.equal(model.gain.detach(), gain)
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "one_cycle", "cyclic", "cosine_floor"])
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "rmsprop"])
+def test_hand_off_goes_on_as_a_frozen_scale(optimizer: str, scheduler: str) -> None:
+    """The frozen scale by hand: x ← x + scale · u, with u the base optimizer's update at the lr it was given."""
+    more = {
+        "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.02, total_steps=200, cycle_momentum=False),
+        "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.002, 0.02, 13, cycle_momentum=False),
+        "cosine_floor": lambda o: lr_scheduler.CosineAnnealingLR(o, 70, eta_min=0.004),
+    }
+    make = {**SCHEDULERS, **more}[scheduler]
+    model = make_net()
+    base = OPTIMIZERS[optimizer](model.parameters(), lr=0.02)
+    updater = Updater(base, make(base))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    train(model, updater, mechanic, range(60))
+
+    twin = copy.deepcopy(model)
+    frozen = OPTIMIZERS[optimizer](twin.parameters(), lr=0.02)
+    schedule = make(frozen)
+    frozen.load_state_dict(copy.deepcopy(base.state_dict()))
+    if schedule is not None:
+        schedule.load_state_dict(copy.deepcopy(updater.state_dict()["lr_scheduler"]))
+    scale = float(updater.scale)
+
+    plain, plain_schedule = mechanic.hand_off()
+    assert plain is base
+    start = flat(model)
+    for step in range(60, 100):
+        backward(model, step)
+        plain.step()
+        backward(twin, step)
+        x = [p.detach().clone() for p in twin.parameters()]
+        frozen.step()
+        with torch.no_grad():
+            for p, before in zip(twin.parameters(), x, strict=True):
+                p.copy_(before + scale * (p - before))
+        if plain_schedule is not None and schedule is not None:
+            plain_schedule.step()
+            schedule.step()
+    assert relative_difference(flat(model), start) > 1e-3
+    assert relative_difference(flat(model), flat(twin)) < 1e-9
+    assert not updater.displacement.slots
+    for call in (mechanic.step, updater.step, mechanic.hand_off):
+        with pytest.raises(RuntimeError, match="hand_off"):
+            call()

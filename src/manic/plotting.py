@@ -41,6 +41,10 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
         axis.set_title(label, fontsize="medium")
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
+    if panels[0][0] == "loss":
+        starts = [run["loss"][0] for run in runs.values() if run.get("loss") and run["loss"][0] is not None]
+        if starts:  # a run that diverges leaves the picture instead of flattening the others
+            axes[0].set_ylim(top=min(axes[0].get_ylim()[1], 10 * min(starts)))
     if len(runs) > 1:
         axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -18,7 +18,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -42,7 +42,7 @@ class Base:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, params: Iterable[Any], lr: float) -> torch.optim.Optimizer:
-        return self.cls(params, lr=lr, **self.options)  # type: ignore[call-arg]
+        return self.cls(params, lr=lr, **self.options) 
 
 
 OPTIMIZERS = {

@@ -59,11 +59,11 @@ def test_updater_options(options: dict[str, Any], message: str) -> None:
 
 def test_what_is_not_an_optimizer() -> None:
     with pytest.raises(TypeError, match=r"optimizer is a generator; expected a torch.optim.Optimizer"):
-        Updater(make_net().parameters())  # type: ignore[arg-type]
+        Updater(make_net().parameters())
     with pytest.raises(TypeError, match=r"updater is a SGD; expected a manic.Updater"):
-        Mechanic(sgd())  # type: ignore[arg-type]
+        Mechanic(sgd())
     with pytest.raises(TypeError, match="expected an optimizer class"):
-        mechanize(sgd())  # type: ignore[arg-type]
+        mechanize(sgd())
     with pytest.raises(ValueError, match="lr_scheduler schedules another optimizer"):
         Updater(sgd(), lr_scheduler.StepLR(sgd(), 1))
 
@@ -160,4 +160,4 @@ def test_hand_off_that_cannot_be() -> None:
 
 def test_config_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        TunerConfig().eps = 1.0  # type: ignore[misc]
+        TunerConfig().eps = 1.0

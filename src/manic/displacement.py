@@ -1,24 +1,22 @@
 """The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + scale · Δ.
 
-This is the only place that touches memory as large as the model. Both passes go through a tensor in blocks that
-fit in a processor's cache, so neither needs a temporary as large as the model.
-
-The point x_ref + scale · Δ is computed as a rounded product and a rounded sum, never as a fused multiply-add:
-every device and every path then gives the same bits, and the parameters before a base step can be recomputed
-instead of kept.
+This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
+temporary of that size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manic.kernels import choose
+from manic.kernels.plain import point
 from manic.tuner import Sums
 
-BLOCK = 1 << 16  # elements; three float32 blocks and a temporary are 1 MiB, a core's second-level cache
+PACK = 1 << 14  # elements: smaller parameters share a bucket
 
 
 class Slot:
@@ -38,6 +36,11 @@ class Slot:
         self.reference = self.flat(parameter).clone()
         self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
         self.version: int | None = parameter._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views of a bucket's tensor would each be saved with all of it.
+        own = {name: value.clone() for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        return {**self.__dict__, **own}
 
     def to(self, like: Tensor) -> None:
         """Follow the parameter to another device or dtype."""
@@ -61,6 +64,73 @@ class Slot:
         return torch.view_as_complex(real) if like.is_complex() else real
 
 
+class Bucket:
+    """Parameters that the passes treat as one 1-d tensor: one large parameter, or many small ones packed.
+
+    Packing keeps the cost of a step with many small tensors near that of their elements. x_ref and Δ of packed
+    parameters live in one tensor, of which their slots have views; x and g are gathered for a pass.
+
+    Attributes:
+        reference: x_ref, 1-d.
+        delta: Δ, 1-d, or ``None``.
+        kernels: the module with the passes for these tensors.
+    """
+
+    def __init__(self, members: list[tuple[Tensor, Slot]], total: int) -> None:
+        self._members = members
+        self._flat = [slot.flat(parameter) for parameter, slot in members]
+        self._is_view = [flat.data_ptr() == p.data_ptr() for flat, (p, _) in zip(self._flat, members, strict=True)]
+        self._sizes = [flat.numel() for flat in self._flat]
+        self.reference, self.delta = members[0][1].reference, members[0][1].delta
+        if len(members) > 1:
+            self.reference = torch.cat([slot.reference for _, slot in members])
+            deltas = [slot.delta for _, slot in members if slot.delta is not None]
+            self.delta = torch.cat(deltas) if deltas else None
+            for i, (_, slot) in enumerate(members):
+                slot.reference = self.reference.split(self._sizes)[i]
+                slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
+        self.kernels = choose(self.reference, total)
+
+    def values(self, *, copy: bool = False) -> Tensor:
+        """x as one 1-d tensor: the parameter's own memory where there is one dense parameter, else gathered."""
+        if len(self._members) > 1:
+            return torch.cat(self._current())
+        (flat,) = self._current()
+        return flat.clone() if copy else flat
+
+    def gradients(self) -> Tensor | None:
+        """g as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
+        gradients = [parameter.grad for parameter, _ in self._members]
+        for gradient in gradients:
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ValueError(
+                    f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; expected a dense one. "
+                    "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
+                )
+        if all(gradient is None for gradient in gradients):
+            return None
+        flat = [
+            torch.zeros_like(like) if gradient is None else slot.flat(gradient)
+            for gradient, like, (_, slot) in zip(gradients, self._flat, self._members, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def put(self, x: Tensor) -> None:
+        """Write x, as `values` gave it, to the parameters."""
+        parts = x.split(self._sizes)
+        own = [(flat, part) for flat, part, view in zip(self._flat, parts, self._is_view, strict=True) if view]
+        if own and own[0][0] is not x:
+            torch._foreach_copy_([flat for flat, _ in own], [part for _, part in own])  # type: ignore
+        for part, view, (parameter, slot) in zip(parts, self._is_view, self._members, strict=True):
+            if not view:
+                parameter.copy_(slot.shaped(part, parameter))
+            slot.version = parameter._version
+
+    def _current(self) -> list[Tensor]:
+        pairs = zip(self._flat, self._is_view, self._members, strict=True)
+        return [flat if view else slot.flat(parameter) for flat, view, (parameter, slot) in pairs]
+
+
 class Displacement:
     """x_ref and Δ of a set of parameters.
 
@@ -76,7 +146,11 @@ class Displacement:
         self.store_delta = store_delta
         self.eps = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self._active: list[tuple[Tensor, Slot]] = []
+        self._buckets: list[Bucket] = []
+        self._key: list[int] = []  # identity and address of every parameter in the buckets
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buckets": [], "_key": []}
 
     def refresh(self, parameters: Iterable[Tensor], scale: Tensor, *, changed: bool = False) -> bool:
         """See who takes part in the coming step, and keep what others did to the parameters since the last.
@@ -92,8 +166,8 @@ class Displacement:
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        self._active = []
         lost = False
+        active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
             if not parameter.requires_grad:
@@ -104,7 +178,10 @@ class Displacement:
                 slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
             elif changed or slot.version != parameter._version or not _alike(slot.reference, parameter):
                 lost |= self._keep_change(parameter, slot, scale)
-            self._active.append((parameter, slot))
+            active.append((parameter, slot))
+            key += (id(parameter), parameter.data_ptr())
+        if key != self._key:
+            self._buckets, self._key = _pack(active), key
         return lost
 
     def _keep_change(self, parameter: Tensor, slot: Slot, scale: Tensor) -> bool:
@@ -114,9 +191,9 @@ class Displacement:
         slot.to(x)
         if slot.delta is not None:
             scale = scale.to(x.device)
-            same = x == _point(slot.reference, slot.delta, scale).to(x.dtype)
+            same = x == point(slot.reference, slot.delta, scale).to(x.dtype)
             slot.reference.copy_(torch.where(same, slot.reference, (x - slot.delta * scale).to(x.dtype)))
-            parameter.copy_(slot.shaped(_point(slot.reference, slot.delta, scale), parameter))
+            parameter.copy_(slot.shaped(point(slot.reference, slot.delta, scale), parameter))
         elif lost:
             slot.reference.copy_(x)
         slot.version = parameter._version
@@ -131,35 +208,19 @@ class Displacement:
         Raises:
             ValueError: a gradient is sparse.
         """
-        delta_grad, delta_param, grad_square, param_square = [], [], [], []
-        for parameter, slot in self._active:
-            gradient = parameter.grad
-            if gradient is not None and gradient.layout != torch.strided:
-                raise ValueError(
-                    f"The gradient of a parameter of shape {tuple(parameter.shape)} has layout {gradient.layout}; "
-                    "expected a dense one. Build the layer with sparse=False, or set p.grad = p.grad.to_dense()."
-                )
-            flat_gradient = None if gradient is None else slot.flat(gradient)
-            for x, g, reference, delta in _blocks(slot.flat(parameter), flat_gradient, slot.reference, slot.delta):
-                x = x.to(_wide(x.dtype))
-                delta = x - reference if delta is None else delta
-                delta_param.append(torch.dot(delta, x))
-                param_square.append(torch.dot(x, x))
-                if g is not None:
-                    g = g.to(delta.dtype)
-                    delta_grad.append(torch.dot(delta, g))
-                    grad_square.append(torch.dot(g, g))
-        per_delta = 1.0 if self.store_delta else 1.0 / (scale + self.eps)
-        return Sums(
-            _total(delta_grad, scale) * per_delta,
-            _total(delta_param, scale) * per_delta,
-            _total(grad_square, scale),
-            _total(param_square, scale),
-        )
+        parts = [
+            bucket.kernels.sums(bucket.values(), bucket.gradients(), bucket.reference, bucket.delta).to(scale)
+            for bucket in self._buckets
+        ]
+        total = torch.stack(parts).sum(0) if parts else scale.new_zeros(4)
+        delta_grad, delta_param, grad_square, param_square = total.unbind()
+        if not self.store_delta:
+            delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
+        return Sums(delta_grad, delta_param, grad_square, param_square)
 
     def begin(self) -> list[Tensor] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
-        return None if self.store_delta else [slot.flat(parameter).clone() for parameter, slot in self._active]
+        return None if self.store_delta else [bucket.values(copy=True) for bucket in self._buckets]
 
     def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
         """Undo what a base step that failed did to the parameters.
@@ -168,14 +229,11 @@ class Displacement:
             before: from `begin`.
             scale: the scale in force, 0-d.
         """
-        for i, (parameter, slot) in enumerate(self._active):
-            if before is None:
-                assert slot.delta is not None
-                x = _point(slot.reference, slot.delta, scale.to(parameter.device))
-            else:
-                x = before[i]
-            parameter.copy_(slot.shaped(x, parameter))
-            slot.version = parameter._version
+        for i, bucket in enumerate(self._buckets):
+            if bucket.delta is not None:
+                bucket.put(point(bucket.reference, bucket.delta, scale.to(bucket.reference.device)))
+            elif before is not None:
+                bucket.put(before[i])
 
     def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor) -> None:
         """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
@@ -185,20 +243,12 @@ class Displacement:
             old_scale: the scale in force before the step, 0-d.
             scale: the scale from now on, 0-d.
         """
-        for i, (parameter, slot) in enumerate(self._active):
-            old, new = old_scale.to(parameter.device), scale.to(parameter.device)
-            flat = slot.flat(parameter)
-            for x, reference, delta, x0 in _blocks(flat, slot.reference, slot.delta, before[i] if before else None):
-                wide = _wide(x.dtype)
-                if delta is None:
-                    delta = (x0.to(wide) - reference).div_(old + self.eps)
-                else:
-                    x0 = _point(reference, delta, old).to(x.dtype)
-                delta += x.to(wide) - x0.to(wide)
-                x.copy_(_point(reference, delta, new))
-            if flat.data_ptr() != parameter.data_ptr():
-                parameter.copy_(slot.shaped(flat, parameter))
-            slot.version = parameter._version
+        for i, bucket in enumerate(self._buckets):
+            x = bucket.values()
+            old, new = old_scale.to(x.device), scale.to(x.device)
+            start = None if before is None else before[i]
+            bucket.kernels.move(x, bucket.reference, bucket.delta, start, old, new, self.eps)
+            bucket.put(x)
 
     def state(self, parameters: Iterable[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
@@ -232,7 +282,7 @@ class Displacement:
     def load_state(self, state: dict[int, dict[str, Tensor]], parameters: list[Tensor]) -> None:
         """Take up what `state` gave. The parameters themselves may be loaded before or after."""
         self.slots = {}
-        self._active = []
+        self._buckets, self._key = [], []
         for i, tensors in state.items():
             slot = self.slots[parameters[i]] = Slot(parameters[i], store_delta=self.store_delta)
             slot.version = None
@@ -241,8 +291,25 @@ class Displacement:
                 slot.delta.copy_(slot.flat(tensors["delta"]))
 
 
-def _point(reference: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
-    return (delta * scale).add_(reference)
+def _pack(active: list[tuple[Tensor, Slot]]) -> list[Bucket]:
+    """Large parameters alone, small ones of a device and dtype together until they are large."""
+    total: dict[torch.device, int] = {}
+    groups: list[list[tuple[Tensor, Slot]]] = []
+    open_groups: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[Tensor, Slot]], list[int]]] = {}
+    for member in active:
+        reference = member[1].reference
+        total[reference.device] = total.get(reference.device, 0) + reference.numel()
+        if reference.numel() >= PACK:
+            groups.append([member])
+            continue
+        kind = (reference.device, reference.dtype)
+        group, sizes = open_groups.setdefault(kind, ([], []))
+        group.append(member)
+        sizes.append(reference.numel())
+        if sum(sizes) >= 4 * PACK:
+            groups.append(open_groups.pop(kind)[0])
+    groups += [group for group, _ in open_groups.values()]
+    return [Bucket(group, total[group[0][1].reference.device]) for group in groups]
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -256,22 +323,3 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _alike(reference: Tensor, parameter: Tensor) -> bool:
     return reference.device == parameter.device and reference.dtype == parameter.dtype.to_real()
-
-
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same stretch of each 1-d tensor at a time; ``None`` stays ``None``."""
-    numel = next(tensor.numel() for tensor in tensors if tensor is not None)
-    if numel <= BLOCK:
-        yield tensors
-        return
-    for start in range(0, numel, BLOCK):
-        yield tuple(None if tensor is None else tensor[start : start + BLOCK] for tensor in tensors)
-
-
-def _total(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The sum of 0-d tensors, in the dtype and on the device of ``like``."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for part in parts:
-        by_device.setdefault(part.device, []).append(part)
-    totals = [torch.stack(same).to(like.dtype).sum().to(like.device) for same in by_device.values()]
-    return torch.stack(totals).sum() if totals else torch.zeros_like(like)

@@ -42,7 +42,7 @@ class Base:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, params: Iterable[Any], lr: float) -> torch.optim.Optimizer:
-        return self.cls(params, lr=lr, **self.options) 
+        return self.cls(params, lr=lr, **self.options)
 
 
 OPTIMIZERS = {

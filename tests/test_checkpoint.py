@@ -202,9 +202,14 @@ def test_refused_states() -> None:
     run = Run("two objects", "adamw", "cosine_warmup", True)
     run.train(0, 3)
     state, mechanic_state = run.parts["updater"].state_dict(), run.parts["mechanic"].state_dict()
-    with pytest.raises(ValueError, match="has no lr_scheduler and the state dict has one"):
+    with pytest.raises(
+        ValueError, match="saved with lr_scheduler=SequentialLR, and this Updater has lr_scheduler=None"
+    ):
         updater().load_state_dict(state)
-    plain = {**state, "lr_scheduler": None}
+    sgd = Updater(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="saved with optimizer=AdamW, and this Updater has optimizer=SGD"):
+        sgd.load_state_dict(state)
+    plain = {**state, "lr_scheduler": None, "kinds": {"optimizer": "AdamW", "lr_scheduler": None}}
     with pytest.raises(ValueError, match="saved with store_delta=True"):
         updater(store_delta=False).load_state_dict(plain)
     with pytest.raises(ValueError, match="version 99; this release reads version 1"):
@@ -222,9 +227,19 @@ def test_refused_states() -> None:
     drop_in = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="expected the state dict of a mechanized AdamW"):
         drop_in.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
-    other = mechanize(torch.optim.AdamW, betas=(0.9,))(model.parameters(), lr=0.1)
+    broken = drop_in.state_dict()
+    broken["param_groups"][0]["mechanic_tuner"] = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
-        drop_in.load_state_dict(other.state_dict())
+        drop_in.load_state_dict(broken)
+
+
+def test_the_options_come_with_the_state() -> None:
+    model = make_net()
+    saved = mechanize(torch.optim.AdamW, betas=(0.9, 0.99), s_decay=0.5, rule="optax")(model.parameters(), lr=0.1)
+    other = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
+    other.load_state_dict(saved.state_dict())
+    assert other.mechanic.state_dict()["config"] == saved.mechanic.state_dict()["config"]
+    assert other.state_dict()["param_groups"][0]["mechanic_config"]["rule"] == "optax"
 
 
 def test_torch_load_needs_no_trust() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import backward, flat, make_net
@@ -62,7 +63,7 @@ def test_what_is_not_an_optimizer() -> None:
         Updater(make_net().parameters())
     with pytest.raises(TypeError, match=r"updater is a SGD; expected a manic.Updater"):
         Mechanic(sgd())
-    with pytest.raises(TypeError, match="expected an optimizer class"):
+    with pytest.raises(TypeError, match="expected a plain optimizer class"):
         mechanize(sgd())
     with pytest.raises(ValueError, match="lr_scheduler schedules another optimizer"):
         Updater(sgd(), lr_scheduler.StepLR(sgd(), 1))
@@ -81,7 +82,47 @@ def test_an_lr_that_is_not_a_number(lr: Any) -> None:
         Updater(Adaptive(make_net().parameters()))
 
 
+def test_tuning_twice() -> None:
+    tuned = mechanize(torch.optim.SGD)(make_net().parameters(), lr=1.0)
+    with pytest.raises(TypeError, match="is a MechanizedSGD, which tunes itself; expected a plain optimizer"):
+        Updater(tuned)
+    with pytest.raises(TypeError, match="expected a plain optimizer class"):
+        mechanize(type(tuned))
+
+
+def test_parameters_added_between_the_steps() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.hidden.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    backward(model, 0)
+    mechanic.step()
+    updater.base_optimizer.add_param_group({"params": model.out.parameters()})
+    before = flat(model)
+    with pytest.raises(
+        RuntimeError, match=r"added between mechanic.step\(\) and updater.step\(\). Call mechanic.step\(\)"
+    ):
+        updater.step()
+    assert torch.equal(flat(model), before)
+    mechanic.step()
+    updater.step()
+
+
+def test_hand_off_of_step_sizes_in_the_state() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.ASGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(3):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    with pytest.raises(ValueError, match="cannot rescale a ASGD: its state holds step sizes"):
+        mechanic.hand_off()
+
+
 def test_no_lr_to_start_from() -> None:
+    with pytest.raises(ValueError, match=r"The largest initial lr is 1e-310; expected a finite number > 0"):
+        Updater(sgd(lr=1e-310))
+    Updater(sgd(lr=np.float32(0.1)))
     with pytest.raises(ValueError, match=r"The largest initial lr is 0.0; expected a finite number > 0"):
         Updater(sgd(lr=0.0))
     Updater(sgd(lr=0.0), internal_lr=None)

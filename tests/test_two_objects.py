@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -342,6 +343,134 @@ def test_a_failing_base_step_leaves_the_parameters(store_delta: bool) -> None:
     assert updater.param_groups[0]["lr"] == 1e-3
     train(model, updater, mechanic, range(31, 40))
     assert not torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_an_interrupt_in_the_move_leaves_a_point_near_the_last(
+    store_delta: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not some parameters at the base optimizer's internal rate."""
+    monkeypatch.setattr("manic.displacement.PACK", 1)  # one bucket a parameter
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(30))
+    before = flat(model)
+    backward(model, 30)
+    mechanic.step()
+    move, calls = updater.displacement._buckets[0].kernels.move, []
+
+    def interrupt(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        move(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(updater.displacement._buckets[0].kernels, "move", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            updater.step()
+    assert relative_difference(flat(model), before) < 0.05
+    train(model, updater, mechanic, range(31, 40))
+    assert relative_difference(flat(model), before) < 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
+def test_frozen_parameters_with_a_leftover_gradient_move_as_in_torch(optimizer: str) -> None:
+    """torch steps whatever has a gradient; at the effective rate, not at the internal one."""
+    model = make_net()
+    base = OPTIMIZERS[optimizer](model.parameters(), lr=1e-6)
+    updater = Updater(base)
+    mechanic = Mechanic(updater, s_init=1e-4)
+    train(model, updater, mechanic, range(10))
+    model.hidden.requires_grad_(False)
+    before = flat(model.hidden)
+    for step in range(10, 15):
+        updater.zero_grad(set_to_none=False)
+        loss_of(model, step).backward()
+        mechanic.step()
+        updater.step()
+    assert relative_difference(flat(model.hidden), before) < 0.1
+
+
+def test_gradients_set_by_hand() -> None:
+    """As evolution strategies do, on tensors that require none."""
+    weight = torch.full((3,), 2.0, dtype=torch.float64)
+    updater = Updater(torch.optim.SGD([weight], lr=1.0))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for step in range(60):
+        weight.grad = weight - 0.3 * (step % 3)
+        mechanic.step()
+        updater.step()
+    assert 0 < float(weight.norm()) < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masked_weights_stay_small(dtype: torch.dtype) -> None:
+    """In bfloat16 x_ref alone is too coarse to hold a change; the displacement takes the rest."""
+    weight = nn.Parameter(torch.linspace(0.5, 1.5, 100).to(dtype))
+    updater = Updater(torch.optim.AdamW([weight], lr=1.0))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for step in range(51):
+        if step == 50:
+            with torch.no_grad():
+                weight[::2] = 0
+            kept = weight.detach().clone()
+        updater.zero_grad()
+        (weight.float() - 0.3).square().sum().backward()
+        mechanic.step()
+        if step < 50:
+            updater.step()
+    assert float(kept[1::2].float().min()) > 0.1
+    assert torch.allclose(weight.float(), kept.float(), atol=1e-6)
+
+
+def test_writes_through_data_that_move_the_memory_are_noticed() -> None:
+    model, twin = make_net(), make_net()
+    (updater, mechanic), (twin_updater, twin_mechanic) = pair(model), pair(twin)
+    train(model, updater, mechanic, range(40))
+    train(twin, twin_updater, twin_mechanic, range(40))
+    new = flat(model) + 0.1
+    torch.nn.utils.vector_to_parameters(new.clone(), model.parameters())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p += 0.1
+    train(model, updater, mechanic, range(40, 50))
+    train(twin, twin_updater, twin_mechanic, range(40, 50))
+    assert relative_difference(flat(model), new) > 1e-4
+    assert torch.allclose(flat(model), flat(twin), rtol=1e-12)
+
+
+def test_a_conjugated_gradient() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(4, 3, dtype=torch.complex128)
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex128))
+    updater = Updater(torch.optim.SGD([p], lr=1.0))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for _ in range(60):
+        updater.zero_grad()
+        loss = (matrix @ p.conj()).abs().square().sum()
+        loss.backward()
+        assert p.grad is not None
+        assert p.grad.is_conj()
+        mechanic.step()
+        updater.step()
+    assert float(loss.detach()) < 1
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_copies_go_on_the_same_way(copy_of: Any, store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(20))
+    twin, twin_updater, twin_mechanic = copy_of((model, updater, mechanic))
+    start = flat(model)
+    train(model, updater, mechanic, range(20, 40))
+    train(twin, twin_updater, twin_mechanic, range(20, 40))
+    assert relative_difference(flat(model), start) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
 
 
 def test_max_scale_is_in_units_of_the_lr_given() -> None:

@@ -25,8 +25,9 @@ class Slot:
     Attributes:
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
-        version: the parameter's version counter after our last write; ``None`` if it was written elsewhere since
-            (loaded, or frozen while others moved), and so has to be compared.
+        version: the parameter's version counter after our last write; ``None`` after a time away (frozen, saved,
+            copied), so that the next look compares the parameter with x_ref and Δ.
+        address: where its memory was then.
     """
 
     def __init__(self, parameter: Tensor, *, store_delta: bool) -> None:
@@ -35,12 +36,18 @@ class Slot:
         self._shape = real.permute(self._order).shape
         self.reference = self.flat(parameter).clone()
         self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
-        self.version: int | None = parameter._version
+        self.version: int | None = None
+        self.address = 0
+        self.stamp(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
         own = {name: value.clone() for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        return {**self.__dict__, **own}
+        return {**self.__dict__, **own, "version": None}
+
+    def stamp(self, parameter: Tensor) -> None:
+        """Note that the parameter is as we left it."""
+        self.version, self.address = parameter._version, parameter.data_ptr()
 
     def to(self, like: Tensor) -> None:
         """Follow the parameter to another device or dtype."""
@@ -124,7 +131,7 @@ class Bucket:
         for part, view, (parameter, slot) in zip(parts, self._is_view, self._members, strict=True):
             if not view:
                 parameter.copy_(slot.shaped(part, parameter))
-            slot.version = parameter._version
+            slot.stamp(parameter)
 
     def _current(self) -> list[Tensor]:
         pairs = zip(self._flat, self._is_view, self._members, strict=True)
@@ -139,6 +146,7 @@ class Displacement:
 
     Attributes:
         slots: what is kept of each parameter, in the order in which they joined.
+        joined: whether the last `refresh` saw a parameter for the first time.
         eps: ε of the recomputed Δ.
     """
 
@@ -146,6 +154,7 @@ class Displacement:
         self.store_delta = store_delta
         self.eps = 1e-8
         self.slots: dict[Tensor, Slot] = {}
+        self.joined = False
         self._buckets: list[Bucket] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
 
@@ -155,31 +164,32 @@ class Displacement:
     def refresh(self, parameters: Iterable[Tensor], scale: Tensor, *, changed: bool = False) -> bool:
         """See who takes part in the coming step, and keep what others did to the parameters since the last.
 
-        A parameter takes part while it requires a gradient; when it first does, it gets its x_ref. The x_ref of a
-        parameter that was changed shifts by the change, and Δ stays.
+        A parameter takes part while it requires or has a gradient; when it first does, it gets its x_ref. The x_ref of
+        a parameter that was changed shifts by the change, and Δ stays.
 
         Args:
             parameters: those of the base optimizer.
             scale: the scale in force, 0-d.
-            changed: take every parameter for changed; else its version counter tells.
+            changed: take every parameter for changed; else its version counter and address tell.
 
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        lost = False
+        lost = self.joined = False
         active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.grad is None:
                 if slot is not None:
                     slot.version = None
                 continue
             if slot is None:
                 slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
-            elif changed or slot.version != parameter._version or not _alike(slot.reference, parameter):
+                self.joined = True
+            elif changed or slot.version != parameter._version or slot.address != parameter.data_ptr():
                 lost |= self._keep_change(parameter, slot, scale)
             active.append((parameter, slot))
-            key += (id(parameter), parameter.data_ptr())
+            key += (id(parameter), slot.address)
         if key != self._key:
             self._buckets, self._key = _pack(active), key
         return lost
@@ -193,10 +203,13 @@ class Displacement:
             scale = scale.to(x.device)
             same = x == point(slot.reference, slot.delta, scale).to(x.dtype)
             slot.reference.copy_(torch.where(same, slot.reference, (x - slot.delta * scale).to(x.dtype)))
+            if slot.delta.dtype != x.dtype:  # x_ref alone is too coarse to hold the change: Δ takes the rest
+                rest = (x.to(slot.delta.dtype) - slot.reference) / scale
+                slot.delta.copy_(torch.where(same | (scale == 0), slot.delta, rest))
             parameter.copy_(slot.shaped(point(slot.reference, slot.delta, scale), parameter))
         elif lost:
             slot.reference.copy_(x)
-        slot.version = parameter._version
+        slot.stamp(parameter)
         return lost
 
     def sums(self, scale: Tensor) -> Sums:
@@ -235,19 +248,22 @@ class Displacement:
             elif before is not None:
                 bucket.put(before[i])
 
-    def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor) -> None:
+    def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
         """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
 
         Args:
             before: from `begin`.
             old_scale: the scale in force before the step, 0-d.
             scale: the scale from now on, 0-d.
+            finite: 0-d bool, ``False`` if the base step was skipped on the device, and x has to stay as it is.
         """
         for i, bucket in enumerate(self._buckets):
             x = bucket.values()
             old, new = old_scale.to(x.device), scale.to(x.device)
             start = None if before is None else before[i]
             bucket.kernels.move(x, bucket.reference, bucket.delta, start, old, new, self.eps)
+            if start is not None and finite is not None:
+                x.copy_(torch.where(finite.to(x.device), x, start))
             bucket.put(x)
 
     def state(self, parameters: Iterable[Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -313,13 +329,9 @@ def _pack(active: list[tuple[Tensor, Slot]]) -> list[Bucket]:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _alike(reference: Tensor, parameter: Tensor) -> bool:
-    return reference.device == parameter.device and reference.dtype == parameter.dtype.to_real()

@@ -46,6 +46,8 @@ class History:
         """Add a row; `Mechanic` calls this."""
         rates = {f"lr_{i}": rate for i, rate in enumerate(data["lr"])}
         row = {"step": data["iter_count"], "scale": data["s"], **rates, "h": data["h"], "skipped": data["skipped"]}
+        if self._waiting and self._waiting[-1]["step"] == row["step"]:  # the step was taken back and done again
+            self._waiting.pop()
         self._waiting.append({**row, **self._next})
         self._next = {}
         if len(self._waiting) >= CHUNK:

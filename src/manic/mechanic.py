@@ -26,8 +26,9 @@ class Mechanic:
         rule: ``"manic"``, or one of the published forms, ``"paper"``, ``"mechanic_pytorch"``, ``"optax"``.
         betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
         s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0.
-        s_init: where the scale starts, an underestimate: the effective learning rate it begins to grow from
-            (with ``internal_lr=None``, that divided by lr). ``None`` takes the rule's own.
+        s_init: start of the tuner's wealth, an underestimate of the effective learning rate (with ``internal_lr=None``,
+            of that divided by lr). The first effective rate is some 100 times this, or this under ``"optax"``. ``None``
+            takes the rule's own, 1e-8, or 1e-6 under ``"optax"``.
         eps: keeps the divisions finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
@@ -74,7 +75,7 @@ class Mechanic:
             raise TypeError(
                 f"updater is a {type(updater).__name__}; expected a manic.Updater, as in Mechanic(Updater(optimizer))."
             )
-        if updater.claimed:
+        if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
         if log_every < 0:
             raise ValueError(f"log_every is {log_every}; expected a number of steps, 0 or more.")
@@ -87,8 +88,8 @@ class Mechanic:
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        updater.claimed = True
-        updater.start(self._state.scales.sum())
+        updater._claimed = True
+        updater._start(self._state.scales.sum())
 
     @property
     def scale(self) -> Tensor:
@@ -123,15 +124,15 @@ class Mechanic:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
         """
-        sums, scale = self.updater.observe()
+        sums, scale = self.updater._observe()
         self._to(scale)
-        if not self.updater.pending:
+        if not self.updater._pending:
             self._steps += 1
             for old, tensor in zip(self._previous, self._state, strict=True):
                 old.copy_(tensor)
         config = self._config
         if config.max_scale is not None:
-            config = replace(config, max_scale=config.max_scale / self.updater.unit)
+            config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
         h = tuner.inner_product(sums, scale, config)
         finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
@@ -144,7 +145,7 @@ class Mechanic:
         for tensor, new, old in zip(self._state, after, self._previous, strict=True):
             tensor.copy_(torch.where(finite, new, old))
         self._skipped += ~finite
-        self.updater.propose(self._state.scales.sum(), finite)
+        self.updater._propose(self._state.scales.sum(), finite)
         self._log(h)
 
     def hand_off(self) -> tuple[Optimizer, Any]:
@@ -165,12 +166,12 @@ class Mechanic:
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last complete step: plain containers, and tensors of its own."""
-        state = self._previous if self.updater.pending else self._state
+        state = self._previous if self.updater._pending else self._state
         return {
             "version": STATE_VERSION,
             "config": {**asdict(self._config), "betas": list(self._config.betas)},
             "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
-            "steps": self._steps - self.updater.pending,
+            "steps": self._steps - self.updater._pending,
             "skipped": self._skipped.clone(),
         }
 

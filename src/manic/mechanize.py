@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch.optim import Optimizer
 
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
-from manic.updater import STATE_VERSION, Updater, keep_dtypes
+from manic.updater import Updater, keep_dtypes
 
-# What a mechanized optimizer adds to the state of a parameter, and to every parameter group.
+# What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-GROUP_KEYS = ("mechanic_version", "mechanic_tuner", "mechanic_unit", "mechanic_steps", "mechanic_skipped")
+GROUP_KEYS = tuple(f"mechanic_{name}" for name in ("version", "config", "tuner", "unit", "steps", "skipped"))
+
+_classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
 
 def mechanize(
@@ -37,7 +41,8 @@ def mechanize(
     """An optimizer class like ``base`` that learns the scale of its learning rate.
 
     Its objects are ``base`` optimizers in every respect: schedulers, hooks, ``GradScaler``, parameter groups,
-    ``state_dict``. One ``step()`` is ``mechanic.step(); updater.step()``.
+    ``state_dict``. One ``step()`` is ``mechanic.step(); updater.step()``; the two are its attributes ``mechanic`` and
+    ``updater``.
 
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
@@ -60,25 +65,28 @@ def mechanize(
         >>> isinstance(optimizer, torch.optim.SGD)
         True
     """
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+    if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, _Mechanized):
         raise TypeError(
-            f"base is {base!r}; expected an optimizer class, as in "
+            f"base is {base!r}; expected a plain optimizer class, as in "
             "mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)."
         )
-    options = {
-        "updater": {"store_delta": store_delta, "internal_lr": internal_lr, "nonfinite": nonfinite},
-        "mechanic": {
-            "rule": rule,
-            "betas": tuple(betas),
-            "s_decay": s_decay,
-            "s_init": s_init,
-            "eps": eps,
-            "max_scale": max_scale,
-            "log_func": log_func,
-            "log_every": log_every,
-        },
+    updater = {"store_delta": store_delta, "internal_lr": internal_lr, "nonfinite": nonfinite}
+    tuner = {
+        "rule": rule,
+        "betas": tuple(betas),
+        "s_decay": s_decay,
+        "s_init": s_init,
+        "eps": eps,
+        "max_scale": max_scale,
     }
-    return type(f"Mechanized{base.__name__}", (_Mechanized, base), {"_base": base, "_options": options})
+    mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
+    key = (base, *updater.values(), *mechanic.values())
+    made = _classes.get(key)
+    if made is None:
+        options = {"updater": updater, "mechanic": mechanic}
+        made = type(f"Mechanized{base.__name__}", (_Mechanized, base), {"_base": base, "_options": options})
+        _classes[key] = made
+    return made
 
 
 def is_mechanized(optimizer: object) -> bool:
@@ -100,22 +108,28 @@ class _Mechanized(Optimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
-        self._mechanic = Mechanic(self._updater, **self._options["mechanic"])
+        self.updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
+        self.mechanic = Mechanic(self.updater, **self._options["mechanic"])
         self._mirrored = 0
         # A GradScaler then unscales before the step, as the tuner needs, and not inside a fused one.
         self._step_supports_amp_scaling = False
+        # Tools that load optimizers look at these names for what to load.
+        self._mark_groups()
+        for state in self.state.values():
+            if state:
+                state.update(dict.fromkeys(STATE_KEYS if self.updater.displacement.store_delta else STATE_KEYS[:1]))
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
-        return self._updater.scale
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get their x_ref when they first take part."""
+        super().add_param_group(param_group)
+        if hasattr(self, "mechanic"):
+            self._mark_groups()
 
     def get_last_lr(self) -> list[float]:
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
-        return self._updater.get_last_lr()
+        return self.updater.get_last_lr()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the tuner and the base optimizer.
 
         Args:
@@ -129,85 +143,84 @@ class _Mechanized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             closure = _first_known(closure, loss)
-        self._mechanic.step()
-        self._updater.step(closure)
-        self._mirror()
+        self.mechanic.step()
+        self.updater.step(closure)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """In torch's own layout: x_ref and Δ under ``state[p]``, the tuner's numbers in every parameter group."""
-        state_dict = copy.deepcopy(super().state_dict())
-        for i, tensors in self._updater.displacement.state(self._updater.parameters()).items():
+        packed = super().state_dict()
+        _, base_state = _divide(packed["state"])
+        state_dict = copy.deepcopy({**packed, "state": base_state})
+        for i, tensors in self.updater.displacement.state(self.updater._parameters()).items():
             state_dict["state"].setdefault(i, {}).update(tensors)
+        mechanic = self.mechanic.state_dict()
+        mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
+        mechanic["unit"] = self.updater._unit
         for group in state_dict["param_groups"]:
-            group.update(self._group_state())
+            group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state that `state_dict` gave; nothing is changed if it does not fit.
+        """Take up what `state_dict` gave, the tuner's options included; nothing is changed if it does not fit.
 
         Raises:
             ValueError: the state is of another model, or of an optimizer that is not mechanized.
         """
-        saved = state_dict["param_groups"][0]
-        missing = [key for key in GROUP_KEYS if key not in saved]
+        saved = {key: state_dict["param_groups"][0].get(key) for key in GROUP_KEYS}
+        missing = [key for key, value in saved.items() if value is None]
         if missing:
             raise ValueError(
                 f"The state dict's parameter groups lack {', '.join(missing)}; expected the state dict of a mechanized "
                 f"{self._base.__name__}. To go on from a plain one, load it before mechanizing, and start tuning anew."
             )
-        if saved["mechanic_version"] != STATE_VERSION:
-            raise ValueError(
-                f"The state dict is of version {saved['mechanic_version']}; this release reads version {STATE_VERSION}."
-            )
-        displacement, base_state = {}, {}
-        places = {key: i for i, key in enumerate(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))}
-        for key, tensors in state_dict["state"].items():
-            if ours := {name: tensors[name] for name in STATE_KEYS if name in tensors}:
-                displacement[places[key]] = ours
-            if rest := {name: value for name, value in tensors.items() if name not in STATE_KEYS}:
-                base_state[key] = rest
-        self._updater.check_displacement(displacement)
-        tuner = TunerState(*saved["mechanic_tuner"])
-        mechanic_state = {**self._mechanic.state_dict(), "tuner": tuner._asdict()}
-        mechanic_state |= {"steps": saved["mechanic_steps"], "skipped": saved["mechanic_skipped"]}
-        self._mechanic.check_state(mechanic_state)
+        mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
+        tuner, unit = TunerState(*mechanic["tuner"]), mechanic["unit"]
+        mechanic["tuner"] = tuner._asdict()
+        self.mechanic.check_state(mechanic)
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        places = {key: i for i, key in enumerate(keys)}
+        ours, base_state = _divide(state_dict["state"])
+        displacement = {places[key]: tensors for key, tensors in ours.items()}
+        self.updater._check_displacement(displacement)
 
         base = {**state_dict, "state": base_state}
         super().load_state_dict(base)
         keep_dtypes(self, base, displacement)
-        self._mechanic.load_state_dict(mechanic_state)
-        self._updater.load_tuning(tuner.scales.sum(), saved["mechanic_unit"], displacement)
+        self.mechanic.load_state_dict(mechanic)
+        self.updater._load_tuning(tuner.scales.sum(), unit, displacement)
         self._mirrored = 0
+        self._mark_groups()
 
-    def _group_state(self) -> dict[str, Any]:
-        state = self._mechanic.state_dict()
-        tuner = torch.stack(tuple(state["tuner"].values()))
-        return dict(
-            zip(GROUP_KEYS, (STATE_VERSION, tuner, self._updater.unit, state["steps"], state["skipped"]), strict=True)
-        )
+    def _mark_groups(self) -> None:
+        for group in self.param_groups:
+            group.update(dict.fromkeys(GROUP_KEYS))
 
     def _mirror(self) -> None:
         """Show x_ref and Δ under ``self.state[p]``, where tools that save optimizers look for what to save.
 
-        Only now, after the base's step: base optimizers take a state that is not empty for one they have set up.
+        Only after the base's step: base optimizers take a state that is not empty for one that they have set up.
         """
-        slots = self._updater.displacement.slots
-        if len(slots) == self._mirrored:
+        slots = self.updater.displacement.slots
+        if self._mirrored == len(slots):
             return
-        self._mirrored = len(slots)
-        for parameter, slot in slots.items():
-            if parameter.grad is not None:
-                self.state[parameter].update(slot.tensors(parameter))
-        for group in self.param_groups:
-            group.update(self._group_state())
+        stepped = [
+            (parameter, slot)
+            for parameter, slot in slots.items()
+            if self.state.get(parameter) or parameter.grad is not None
+        ]
+        for parameter, slot in stepped:
+            self.state[parameter].update(slot.tensors(parameter))
+        self._mirrored = len(stepped)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("_updater", "_mechanic", "_mirrored", "_step_supports_amp_scaling")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+        ours = {name: getattr(self, name) for name in ("updater", "mechanic", "_step_supports_amp_scaling")}
+        return {**super().__getstate__(), **ours, "_mirrored": 0}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._base, self._options), self.__getstate__()
+        made = type(self).__dict__.get("_options") is not None
+        remake = (_remake, (self._base, self._options)) if made else (object.__new__, (type(self),))
+        return *remake, self.__getstate__()
 
 
 class _Base:
@@ -215,16 +228,22 @@ class _Base:
 
     def __init__(self, outer: _Mechanized) -> None:
         self._outer = outer
+        self._step_supports_amp_scaling = getattr(outer, "_step_supports_amp_scaling", False)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._outer.param_groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        step = self._outer._base.step
+        outer: Any = self._outer
+        step: Any = outer._base.step
         while getattr(step, "hooked", False):
             step = step.__wrapped__
-        return step(self._outer) if closure is None else step(self._outer, closure)
+        outer.found_inf = getattr(self, "found_inf", None)
+        takes_closure = len(inspect.signature(step).parameters) > 1
+        result = step(outer, closure) if closure is not None and takes_closure else step(outer)
+        outer._mirror()
+        return result
 
 
 def _remake(base: type[Optimizer], options: dict[str, dict[str, Any]]) -> _Mechanized:
@@ -236,3 +255,14 @@ def _first_known(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
     """``closure``, but for the first call, whose result is known and whose gradients are there."""
     known = [loss]
     return lambda: known.pop() if known else closure()
+
+
+def _divide(state: dict[Any, dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """The part of a packed state that is ours, and the base optimizer's; what is empty is left out."""
+    ours, base = {}, {}
+    for key, entries in state.items():
+        if mine := {name: entries[name] for name in STATE_KEYS if isinstance(entries.get(name), torch.Tensor)}:
+            ours[key] = mine
+        if rest := {name: value for name, value in entries.items() if name not in STATE_KEYS}:
+            base[key] = rest
+    return ours, base

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,10 @@ class Updater:
         internal_lr: the base optimizer steps with every group's lr times internal_lr / (largest initial lr), so that
             the run does not depend on a common factor in lr, not even through rounding. ``None`` steps at the lr
             given, as the published implementations do.
-        nonfinite: what to do about a step whose gradient or h is not finite: ``"skip"`` it, or ``"raise"``.
+            With parameters so large beside their gradients that a step at rate 1 is lost to rounding (SGD in bfloat16),
+            give a larger one, such as 1e3.
+        nonfinite: what to do about a step whose gradient or h is not finite: ``"skip"`` it, or ``"raise"``. On an
+            accelerator with a fused base optimizer, without waiting for the device; the schedule then goes on.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number.
@@ -92,6 +96,11 @@ class Updater:
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
                 "Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
             )
+        if hasattr(optimizer, "mechanic"):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}, which tunes itself; expected a plain optimizer. "
+                "Call its step() and leave out Updater and Mechanic."
+            )
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
         if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
@@ -106,13 +115,16 @@ class Updater:
         self.lr_scheduler = lr_scheduler
         self.nonfinite = nonfinite
         self.displacement = Displacement(store_delta=store_delta)
-        self.claimed = False  # by a Mechanic
-        self.pending = False  # a scale was proposed and waits for `step`
+        self._claimed = False  # by a Mechanic
+        self._pending = False  # a scale was proposed and waits for `step`
         self._handed_off = False
         self._warned_of_change = False
         self._check_groups()
-        self._unit = 1.0 if internal_lr is None else internal_lr / self._largest_initial_lr()
-        device = next(self.parameters()).device
+        self._internal_lr = internal_lr
+        self._unit = self._find_unit()
+        self._unit_is_settled = False
+        self._parameter_count = 0
+        device = next(self._parameters()).device
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
         self._finite = torch.ones((), device=device, dtype=torch.bool)
@@ -127,17 +139,12 @@ class Updater:
         """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
         return self._next_scale * self._unit
 
-    @property
-    def unit(self) -> float:
-        """internal_lr / (largest initial lr): a scale in the user's units per scale in the tuner's."""
-        return self._unit
-
     def get_last_lr(self) -> list[float]:
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
         scale = float(self.scale)
         return [scale * float(group["lr"]) for group in self.param_groups]
 
-    def parameters(self) -> Iterator[Tensor]:
+    def _parameters(self) -> Iterator[Tensor]:
         """The parameters of all groups, in their order."""
         return (parameter for group in self.param_groups for parameter in group["params"])
 
@@ -146,7 +153,7 @@ class Updater:
         self.base_optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def observe(self) -> tuple[Sums, Tensor]:
+    def _observe(self) -> tuple[Sums, Tensor]:
         """The four sums at the present point, and the scale in force, in the tuner's units.
 
         `Mechanic.step` calls this. It is here that parameters get their x_ref, and that changes made
@@ -157,8 +164,10 @@ class Updater:
         """
         self._check_open()
         self._check_groups()
-        self._to(next(self.parameters()).device)
-        if self.displacement.refresh(self.parameters(), self._scale) and not self._warned_of_change:
+        self._settle_unit()
+        self._to(next(self._parameters()).device)
+        self._parameter_count = sum(1 for _ in self._parameters())
+        if self.displacement.refresh(self._parameters(), self._scale) and not self._warned_of_change:
             self._warned_of_change = True
             warnings.warn(
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
@@ -167,7 +176,7 @@ class Updater:
             )
         return self.displacement.sums(self._scale), self._scale
 
-    def propose(self, scale: Tensor, finite: Tensor) -> None:
+    def _propose(self, scale: Tensor, finite: Tensor) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
         Args:
@@ -176,9 +185,9 @@ class Updater:
         """
         self._next_scale.copy_(scale)
         self._finite.copy_(finite)
-        self.pending = True
+        self._pending = True
 
-    def start(self, scale: Tensor) -> None:
+    def _start(self, scale: Tensor) -> None:
         """Set the scale in force before the first step; `Mechanic` calls this when it is made."""
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
@@ -196,14 +205,18 @@ class Updater:
             RuntimeError: there was no ``mechanic.step()`` before.
         """
         self._check_open()
-        if not self.pending:
+        if not self._pending:
             raise RuntimeError(
                 "updater.step() was called without a mechanic.step() before it. "
                 "Call mechanic.step(), then updater.step(), once each after every backward pass."
             )
-        on_device = self._finite.device.type != "cpu" and self._base_can_skip()
+        if self._parameter_count != sum(1 for _ in self._parameters()):
+            raise RuntimeError(
+                "Parameters were added between mechanic.step() and updater.step(). Call mechanic.step() again."
+            )
+        on_device = self._base_can_skip()
         if self.nonfinite == "skip" and not on_device and not bool(self._finite):
-            self.pending = False
+            self._pending = False
             logger.warning("A step was skipped: its gradient or h is not finite.")
             return None
 
@@ -212,14 +225,15 @@ class Updater:
         try:
             with self._internal_rates(), self._found_inf(on_device):
                 loss = self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+            with torch.no_grad():
+                finite = self._finite if on_device else None
+                self.displacement.move(before, self._scale, self._next_scale, finite)
+                self._scale.copy_(self._next_scale)
         except BaseException:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
             raise
-        with torch.no_grad():
-            self.displacement.move(before, self._scale, self._next_scale)
-            self._scale.copy_(self._next_scale)
-        self.pending = False
+        self._pending = False
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self.lr_scheduler.step()
         return loss
@@ -232,7 +246,7 @@ class Updater:
         without this. Call it after those that do not, such as writes through ``parameter.data``.
         """
         self._check_open()
-        self.displacement.refresh(self.parameters(), self._scale, changed=True)
+        self.displacement.refresh(self._parameters(), self._scale, changed=True)
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
@@ -241,6 +255,11 @@ class Updater:
         if not scale > 0:
             raise RuntimeError(
                 f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
+            )
+        if isinstance(self.base_optimizer, torch.optim.ASGD | torch.optim.Rprop):
+            raise ValueError(
+                f"hand_off() cannot rescale a {type(self.base_optimizer).__name__}: its state holds step sizes. "
+                "Keep tuning, or start a new optimizer with lr multiplied by float(mechanic.scale)."
             )
         rates = list(_scheduler_rates(self.lr_scheduler))
         rates += [(group, name) for group in self.param_groups for name in GROUP_RATES if name in group]
@@ -258,11 +277,12 @@ class Updater:
         self._check_open()
         return {
             "version": STATE_VERSION,
+            "kinds": self._kinds(),
             "base_optimizer": copy.deepcopy(self.base_optimizer.state_dict()),
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
-            "displacement": self.displacement.state(self.parameters()),
+            "displacement": self.displacement.state(self._parameters()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -272,13 +292,16 @@ class Updater:
             ValueError: the state is of another kind, model or schedule.
         """
         self._check_open()
-        check_version(state_dict, "Updater", ("base_optimizer", "lr_scheduler", "scale", "unit", "displacement"))
-        if (state_dict["lr_scheduler"] is None) != (self.lr_scheduler is None):
-            have, has = ("no", "one") if self.lr_scheduler is None else ("a", "none")
-            raise ValueError(
-                f"This Updater has {have} lr_scheduler and the state dict has {has}; build it as it was when saved."
-            )
-        self.check_displacement(state_dict["displacement"])
+        check_version(
+            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "displacement")
+        )
+        for part, kind in self._kinds().items():
+            if kind != state_dict["kinds"][part]:
+                raise ValueError(
+                    f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
+                    f"{part}={kind}. Build it as it was when saved."
+                )
+        self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
         expected = [len(group["params"]) for group in self.param_groups]
         if groups != expected:
@@ -289,19 +312,19 @@ class Updater:
         keep_dtypes(self.base_optimizer, state_dict["base_optimizer"], state_dict["displacement"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
-        self.load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
+        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
 
-    def check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
-        """Raise ValueError unless `load_tuning` can take ``displacement``."""
+    def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
+        """Raise ValueError unless `_load_tuning` can take ``displacement``."""
         names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
-        self.displacement.check_state(displacement, list(self.parameters()), names)
+        self.displacement.check_state(displacement, list(self._parameters()), names)
 
-    def load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
+    def _load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Take up a saved scale (in the tuner's units), `unit` and displacement."""
-        self._unit = unit
-        self.start(scale)
-        self.pending = False
-        self.displacement.load_state(displacement, list(self.parameters()))
+        self._unit, self._unit_is_settled = unit, True
+        self._start(scale)
+        self._pending = False
+        self.displacement.load_state(displacement, list(self._parameters()))
 
     def _check_open(self) -> None:
         if self._handed_off:
@@ -313,7 +336,7 @@ class Updater:
     def _check_groups(self) -> None:
         for i, group in enumerate(self.param_groups):
             rate = group.get("lr")
-            if not isinstance(rate, int | float) and not (isinstance(rate, Tensor) and rate.numel() == 1):
+            if not isinstance(rate, numbers.Real) and not (isinstance(rate, Tensor) and rate.numel() == 1):
                 raise TypeError(
                     f"Parameter group {i} of {type(self.base_optimizer).__name__} has lr={rate!r}, which cannot be "
                     "scaled; expected a number. If the optimizer picks its own rate, give it an explicit lr."
@@ -323,16 +346,30 @@ class Updater:
                     f"Parameter group {i} has maximize=True, which turns the sign of the update against the gradient; "
                     "expected False. Minimize the negative of the objective instead."
                 )
-        if next(self.parameters(), None) is None:
+        if next(self._parameters(), None) is None:
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
-    def _largest_initial_lr(self) -> float:
+    def _kinds(self) -> dict[str, str | None]:
+        scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__
+        return {"optimizer": type(self.base_optimizer).__name__, "lr_scheduler": scheduler}
+
+    def _find_unit(self) -> float:
+        """internal_lr / (largest initial lr): a scale in the user's units per scale in the tuner's."""
+        if self._internal_lr is None:
+            return 1.0
         largest = max(float(group.get("initial_lr", group["lr"])) for group in self.param_groups)
-        if not (math.isfinite(largest) and largest > 0):
+        unit = self._internal_lr / largest if largest > 0 else math.inf
+        if not (math.isfinite(unit) and unit > 0):
             raise ValueError(
                 f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, for example lr=1.0."
             )
-        return largest
+        return unit
+
+    def _settle_unit(self) -> None:
+        """Look again at the first step: a scheduler built since may have set other rates."""
+        if self._unit_is_settled or not any(float(group["lr"]) for group in self.param_groups):
+            return  # nor while all rates are zero, as when torch makes an optimizer set up its state
+        self._unit, self._unit_is_settled = self._find_unit(), True
 
     def _to(self, device: torch.device) -> None:
         if self._scale.device != device:
@@ -352,9 +389,15 @@ class Updater:
                 group["lr"] = rate
 
     def _base_can_skip(self) -> bool:
-        """Whether the base optimizer reads ``found_inf`` on the device, as torch's fused ones do."""
-        return getattr(self.base_optimizer, "_step_supports_amp_scaling", False) and all(
-            group.get("fused") for group in self.param_groups
+        """Whether the coming base step can read on the device that it is to be skipped, as torch's fused ones do.
+
+        Not when parameters have just joined: a fused base would set up their state from a gradient that is not finite.
+        """
+        return (
+            self._finite.device.type != "cpu"
+            and getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
+            and all(group.get("fused") for group in self.param_groups)
+            and not self.displacement.joined
         )
 
     @contextmanager

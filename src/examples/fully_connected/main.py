@@ -59,10 +59,9 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = CosineAnnealingLR(optimizer, steps)
-    history, losses, rate = History(), [], lr
-    if manic:
-        updater = Updater(optimizer, schedule)
-        mechanic = Mechanic(updater, log_func=history)
+    history, losses = History(), []
+    updater = Updater(optimizer, schedule) if manic else None
+    mechanic = Mechanic(updater, log_func=history) if updater else None
 
     start = time.perf_counter()
     for _ in tqdm(range(steps), desc=f"{'manic' if manic else 'AdamW'}, lr {lr:.2g}, seed {seed}", leave=False):
@@ -71,7 +70,7 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.detach())
-        if manic:
+        if updater and mechanic:
             mechanic.step()
             updater.step()
         else:
@@ -79,8 +78,6 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
             schedule.step()
     seconds = time.perf_counter() - start
 
-    if manic:
-        rate = float(updater.scale) * lr
     model.eval()
     with torch.no_grad():
         logits = model(test_x)
@@ -88,7 +85,7 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
     return Result(
         loss=float(nn.functional.cross_entropy(logits, test_y)),
         accuracy=float((logits.argmax(-1) == test_y).float().mean()),
-        rate=rate,
+        rate=lr * float(updater.scale) if updater else lr,
         seconds=seconds,
         history={**(history.columns if manic else {}), "step": list(range(1, steps + 1)), "loss": smooth},
     )

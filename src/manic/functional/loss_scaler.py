@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manic.functional.tree import Tree
+from manic.updater import scale_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +111,10 @@ def update(state: LossScalerState, found_inf: Tensor, config: LossScalerConfig) 
     """
     successes = state.growth_tracker + 1
     due = successes == config.growth_interval
-    grown = state.scale * config.growth_factor
+    wide = state.scale.to(scale_dtype(state.scale.device))  # torch multiplies in double, too
+    grown = (wide * config.growth_factor).float()
     grown = torch.where(due & grown.isfinite(), grown, state.scale)
     return LossScalerState(
-        torch.where(found_inf, state.scale * config.backoff_factor, grown),
+        torch.where(found_inf, (wide * config.backoff_factor).float(), grown),
         torch.where(found_inf | due, 0, successes),
     )

@@ -82,7 +82,7 @@ def sgd_step(params: Tree, grads: Tree, state: SGDState, config: SGDConfig) -> t
         >>> params
         {'w': tensor([ 0.5000, -2.0000])}
     """
-    share = torch.where(state.step > 0, 1 - config.dampening, 1.0) if _on(config.dampening) else 1.0
+    share = 1 - config.dampening * state.step.clamp(max=1) if _on(config.dampening) else 1.0
 
     def rule(x: Tensor, g: Tensor, *buffer: Tensor) -> tuple[Tensor, ...]:
         g = _signed(g, config.maximize)

@@ -1,4 +1,4 @@
-"""Trees of tensors: any nesting of containers that ``torch.utils._pytree`` knows: dicts, lists, NamedTuples, …"""
+"""Trees of tensors: any nesting of containers that ``torch.utils._pytree`` knows, such as dicts and NamedTuples."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -138,7 +137,9 @@ def test_an_ensemble_equals_separate_runs():
 
     params, state = torch.func.vmap(begin)(stretches)
     for t in range(30):
-        params, state = torch.func.vmap(partial(train, t=t))(params, state, lrs, weight_decay=decays, noise=noise[:, t])
+        params, state = torch.func.vmap(
+            lambda params, state, lr, decay, noise, t=t: train(params, state, lr, t, weight_decay=decay, noise=noise)
+        )(params, state, lrs, decays, noise[:, t])
     assert state.scale.shape == (4,)
 
     for i in range(4):

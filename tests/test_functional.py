@@ -1,6 +1,7 @@
 """The functional optimizers, against torch.optim and oracles in plain floats that import nothing of ours."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -337,3 +338,15 @@ def step(grads, state_for=None):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_documentation_runs(tmp_path: Path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "functional.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    loss, scale = map(float, capsys.readouterr().out.split()[:2])
+    assert loss < 0.05
+    assert scale > 1e-4

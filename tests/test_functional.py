@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from functional_problem import distance, make_problem
+from functional_problem import distance, make_problem, needs_recent_compiler
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
@@ -227,6 +227,7 @@ def test_any_tree_in_its_own_dtype(name, dtype):
         assert [leaf.dtype for leaf in tree_leaves(new)] == [leaf.dtype for leaf in tree_leaves(old)]
 
 
+@needs_recent_compiler
 @pytest.mark.parametrize("name", ALL)
 def test_compiles_once_in_one_graph(name):
     params, loss = make_problem()
@@ -340,6 +341,7 @@ def test_errors(call, error, message):
         call()
 
 
+@needs_recent_compiler
 def test_the_documentation_runs(tmp_path: Path, monkeypatch, capsys):
     text = (Path(__file__).parents[1] / "docs" / "functional.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -1,0 +1,129 @@
+"""`mechanize`: the tuner as a transformation of any functional stepper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from manic import tuner
+from manic.functional.tree import Tree, check_params, map_leaves, tree_where
+from manic.tuner import Sums, TunerConfig, TunerState
+from manic.updater import scale_dtype
+
+
+class MechanizeState(NamedTuple):
+    """What a mechanized stepper remembers.
+
+    ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
+    parameters; ``tuner`` has four tensors of shape (n,), and ``betas`` is the tuner's β, of shape (n,).
+    """
+
+    base: Any
+    reference: Tree
+    delta: Tree
+    tuner: TunerState
+    betas: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, 0-d (one per model if the state is of an ensemble): scale × lr is the effective learning rate."""
+        return self.tuner.scales.sum(-1)
+
+
+class Mechanized(NamedTuple):
+    """What `mechanize` returns: ``init(params, base_state) -> state``, and a ``step`` called as the base's is."""
+
+    init: Callable[[Tree, Any], MechanizeState]
+    step: Callable[[Tree, Tree, MechanizeState, Any], tuple[Tree, MechanizeState]]
+
+
+def mechanize(
+    step: Callable[[Tree, Tree, Any, Any], tuple[Tree, Any]], config: TunerConfig | None = None
+) -> Mechanized:
+    """Have a stepper's learning-rate scale learned while it runs.
+
+    The new stepper is pure if the given one is, and equals `Mechanic` and `Updater` with ``store_delta=True,
+    internal_lr=None``: parameters changed between two steps keep the change, and a step whose gradient or h is not
+    finite changes nothing. It steps at the lr of the config. The scale is in units of it, and λ and s_init are in
+    units of the scale, so start from lr=1, whatever the model; a schedule multiplies the lr as ever.
+
+    Args:
+        step: ``step(params, grads, state, config) -> (params, state)``, whose state is a tree of tensors.
+        config: the tuner's constants; ``None`` for the defaults.
+
+    Returns:
+        ``init`` and ``step``. The latter raises ValueError if the base's config has ``maximize=True``.
+
+    Source:
+        Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
+
+    Example:
+        >>> import torch
+        >>> from manic.functional import AdamConfig, adam_init, adamw_step, mechanize
+        >>> init, step = mechanize(adamw_step)
+        >>> config = AdamConfig(lr=1.0)
+        >>> params = {"w": torch.tensor([3.0, -2.0])}
+        >>> state = init(params, adam_init(params, config))
+        >>> for _ in range(300):
+        ...     grads = torch.func.grad(lambda params: params["w"].square().sum())(params)
+        ...     params, state = step(params, grads, state, config)
+        >>> bool(params["w"].abs().max() < 0.5)
+        True
+    """
+    constants = TunerConfig() if config is None else config
+    if not isinstance(constants, TunerConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; expected a manic.tuner.TunerConfig. The config of the stepper goes "
+            "to the step that mechanize returns, as it went to the stepper."
+        )
+
+    def init(params: Tree, base_state: Any) -> MechanizeState:
+        device = check_params(params)
+        dtype = scale_dtype(device)
+        return MechanizeState(
+            base=base_state,
+            reference=tree_map(torch.clone, params),
+            delta=tree_map(lambda x: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), params),
+            tuner=tuner.init(constants, device, dtype),
+            betas=torch.tensor(constants.betas, device=device, dtype=dtype),
+        )
+
+    def mechanized_step(params: Tree, grads: Tree, state: MechanizeState, config: Any) -> tuple[Tree, MechanizeState]:
+        if getattr(config, "maximize", False):
+            raise ValueError(
+                "The config has maximize=True, which turns the sign of the update against the gradient; "
+                "expected False. Minimize the negative of the objective instead."
+            )
+        scale = state.scale
+        tentative, base = step(params, grads, state.base, config)
+        sums = _sums(params, grads, state.delta, scale)
+        h = tuner.inner_product(sums, scale, constants)
+        tuned = tuner.update(state.tuner, h, state.betas, constants)
+        next_scale = tuned.scales.sum(-1)
+
+        def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+            unchanged = x == (reference + delta * scale).to(x.dtype)
+            reference = torch.where(unchanged, reference, (x - delta * scale).to(x.dtype))
+            delta = delta + (after.to(delta.dtype) - x.to(delta.dtype))
+            return reference + delta * next_scale, reference, delta
+
+        moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
+        after = moved, MechanizeState(base, reference, delta, tuned, state.betas)
+        return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
+
+    return Mechanized(init, mechanized_step)
+
+
+def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:
+    """The four sums, each a 0-d tensor of the scale's dtype; products are in the dtype of Δ."""
+
+    def row(d: Tensor, g: Tensor, x: Tensor) -> Tensor:
+        d = d.reshape(-1)
+        g, x = g.reshape(-1).to(d.dtype), x.reshape(-1).to(d.dtype)
+        return torch.stack([d @ g, d @ x, g @ g, x @ x]).to(scale.dtype)
+
+    return Sums(*torch.stack(tree_leaves(tree_map(row, delta, grads, params))).sum(0))

@@ -103,6 +103,7 @@ class Updater:
                 f"optimizer is a {type(base).__name__}, which tunes itself; expected a plain optimizer. "
                 "Call its step() and leave out Updater and Mechanic."
             )
+        check_kind(type(base))
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
         if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
@@ -281,7 +282,7 @@ class Updater:
         return {
             "version": STATE_VERSION,
             "kinds": self._kinds(),
-            "base_optimizer": copy.deepcopy(self.base_optimizer.state_dict()),
+            "base_optimizer": copied(self.base_optimizer.state_dict()),
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
@@ -419,6 +420,27 @@ class Updater:
 def scale_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_kind(kind: type) -> None:
+    """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach."""
+    if hasattr(kind, "train") and hasattr(kind, "eval"):
+        raise TypeError(
+            f"The optimizer is a {kind.__name__}, which keeps two sets of weights and switches between them with "
+            "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
+        )
+
+
+def copied(value: Any) -> Any:
+    """A deep copy, also of tensors that torch cannot clone, such as torchao's quantized state."""
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except NotImplementedError:
+        names, context = value.__tensor_flatten__()
+        parts = {name: getattr(value, name).clone() for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
 
 
 def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[int, dict[str, Tensor]]) -> None:

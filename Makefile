@@ -1,9 +1,10 @@
-# make demo: train on real data, print a table, write a picture.   make test: run the tests.   make check: format, lint, types.
+# make demo: train on real data, print a table, write a picture.   make test: run the tests.
+# make check: format, lint, types, the documentation.   make package: build what is published, and check it.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check package format clean
 
 demo: .venv/examples
 	$(BIN)/python src/examples/fully_connected/main.py
@@ -15,6 +16,13 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+package: .venv/dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -43,9 +43,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> Any:
         """The rate of a step, 0 the first: a 0-d tensor of the backend."""
-        step = ops.minimum(ops.cast(step, keras.config.floatx()), self.training_steps)
+        step = ops.cast(ops.minimum(step, self.training_steps), keras.config.floatx())
         constant_steps = self.constant_fraction * self.training_steps
-        decayed = ops.maximum(step - constant_steps, 0.0) / (self.training_steps - constant_steps)
+        decayed = ops.relu(step - constant_steps) / (self.training_steps - constant_steps)
         factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + ops.cos(math.pi * decayed)) / 2
         if self.warmup_fraction > 0:
             warmup_steps = max(self.warmup_fraction, self.constant_fraction) * self.training_steps

@@ -222,7 +222,7 @@ def _try(train: Train, idx: int, curves: list[list[float]]) -> Trial:
     status = "finished"
     losses: list[float] = []
     for loss in reported if isinstance(reported, Iterator) else [reported]:
-        losses.append(float(loss))
+        losses.append(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
         if not math.isfinite(losses[-1]):
             status = "diverged"
         elif _is_hopeless(losses, curves):

@@ -15,6 +15,8 @@ from manic.opt_list.for_keras import optimizer_for_idx as keras_optimizer_for_id
 
 STEPS = 120
 START = [3.0, -2.0, 0.5]
+# Largest differences measured: 4e-14 on torch; on JAX 7e-8, where keras.ops.cos of a float64 is a float32.
+TOLERANCE = {"torch": 1e-12, "jax": 2e-7}
 
 
 def gradients(step):
@@ -40,7 +42,7 @@ def test_parity(idxs):
     for idx in idxs:
         ours, theirs = points(idx, STEPS).swapaxes(0, 1)
         assert (np.abs(ours[-1] - START) > 1e-5).all(), idx  # it moved
-        np.testing.assert_allclose(theirs, ours, rtol=1e-11, err_msg=str(idx))
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=TOLERANCE[keras.backend.backend()], err_msg=str(idx))
 
 
 def test_fit_save_load(path):

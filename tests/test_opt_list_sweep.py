@@ -42,12 +42,8 @@ def regression(idx):
             yield loss
 
 
-def where_it_runs(idx):
-    return float(os.getpid())
-
-
 def broken(idx):
-    raise RuntimeError("no more memory")
+    raise RuntimeError(f"no more memory, in process {os.getpid()}")
 
 
 def outcomes(result):
@@ -65,10 +61,10 @@ def test_every_trial_is_made_and_the_best_found():
     assert all(trial.seconds >= 0 for trial in result.trials)
 
 
-def test_a_hopeless_trial_is_stopped_at_its_first_report_above_the_median():
+def test_a_hopeless_trial_is_stopped_after_its_first_third():
     stopped = sweep(canned, 4, progress=False).trials[3]
-    assert (stopped.status, stopped.losses) == ("stopped", [9.0])
-    assert stopped.loss == 9.0
+    assert (stopped.status, stopped.losses) == ("stopped", [9.0, 8.0])
+    assert stopped.loss == 8.0
 
 
 def test_a_trial_that_is_better_than_some_is_not_stopped():
@@ -183,10 +179,9 @@ def test_processes_find_what_one_process_finds(tmp_path):
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 4
 
 
-def test_workers_are_processes_and_their_errors_come_through():
-    assert os.getpid() not in {trial.loss for trial in sweep(where_it_runs, 2, workers=1, progress=False).trials}
-    with pytest.raises(RuntimeError, match="no more memory"):
-        sweep(broken, 2, workers=1, progress=False)
+def test_an_error_in_a_worker_comes_through():
+    with pytest.raises(RuntimeError, match=f"no more memory, in process (?!{os.getpid()}$)"):
+        sweep(broken, 1, workers=1, progress=False)
 
 
 def test_the_bar_shows_the_best(capsys):

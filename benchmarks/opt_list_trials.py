@@ -4,7 +4,7 @@ Trains small nets on scikit-learn's data sets with each of the list's first entr
 schedule of the list, once with manic choosing the scale of the rate; prints the best validation loss after
 1, 2, 3, … trials as its regret: 0 is the best that either way found for the task, 1 the loss before training.
 
-    python benchmarks/opt_list_trials.py [--trials 15] [--seeds 2] [--steps 300] [--json FILE]
+    python benchmarks/opt_list_trials.py [--trials 20] [--seeds 3] [--steps 300] [--json FILE]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from manic.opt_list import config_for_idx, optimizer_for_idx, sweep
 
 BATCH = 64
 WAYS = ("list", "manic")
-SHOWN = (1, 2, 3, 5, 10, 15, 25, 50)
+SHOWN = (1, 2, 3, 5, 10, 20, 50)
 LEVELS = (0.05, 0.01)
 
 
@@ -118,8 +118,8 @@ def trials_to(curve: list[float], regret: float) -> float:
 def main() -> None:
     """Train them all, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=15, help="entries of the list to try")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds per task")
+    parser.add_argument("--trials", type=int, default=20, help="entries of the list to try")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per task")
     parser.add_argument("--steps", type=int, default=300, help="training steps")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, help="file for all losses")

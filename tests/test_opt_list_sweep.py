@@ -5,6 +5,9 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +229,18 @@ def test_a_best_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="None of 1 trials has finished"):
         _ = result.best
     assert "diverged |" in result.table()
+
+
+def test_the_example_goes_on(tmp_path):
+    script = Path(__file__).parents[1] / "src" / "examples" / "opt_list" / "main.py"
+    out = ""
+    for trials in (2, 4):
+        command = [sys.executable, str(script), "--trials", str(trials), "--out", str(tmp_path)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+        assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == trials
+    assert "| 3 | 0." in out
+    assert "Best: idx=3" in out
+    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
 
 
 # The list learner

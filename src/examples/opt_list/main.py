@@ -1,10 +1,12 @@
 """Try the first entries of the learned list on handwritten digits, and see which is best.
 
-    python src/examples/opt_list/main.py        # needs manic[examples]; some 10 s on a laptop
-
-Writes the trials, a table and a picture under ``runs/opt_list``. Interrupt it and start it again: it goes on.
+Writes the trials and a picture under ``runs/opt_list``. Interrupt it and start it again, or ask for more trials:
+it goes on where it was.
 """
 
+from __future__ import annotations
+
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from torch import nn
 
 from manic.opt_list import optimizer_for_idx, sweep
 
-OUT = Path("runs/opt_list")
 STEPS = 300
 
 
@@ -40,11 +41,17 @@ def train(idx: int) -> Iterator[float]:
 
 def main() -> None:
     """Sweep, then show what came out."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    result = sweep(train, k=10, path=OUT / "trials.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=10, help="how many entries to try")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 tries one after the other in this one")
+    parser.add_argument("--out", type=Path, default=Path("runs/opt_list"), help="directory to write to")
+    arguments = parser.parse_args()
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = sweep(train, arguments.trials, path=arguments.out / "trials.jsonl", workers=arguments.workers)
     print(result.table())
-    result.plot(OUT / "trials.png")
-    print(f"Best: idx={result.best.idx}, loss {result.best.loss:.4f}. Picture: {OUT / 'trials.png'}")
+    result.plot(arguments.out / "trials.png")
+    print(f"Best: idx={result.best.idx}, loss {result.best.loss:.4f}. Picture: {arguments.out / 'trials.png'}")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def test_an_order_of_ones_own():
     assert [trial.idx for trial in result.trials] == [5, 1, 0]
 
 
+def test_an_order_may_be_an_array(tmp_path):
+    result = sweep(canned, 2, order=torch.tensor([5, 1]).numpy(), path=tmp_path / "trials.jsonl", progress=False)
+    assert sweep(canned, 2, order=[5, 1], path=tmp_path / "trials.jsonl", progress=False) == result
+
+
 def test_a_sweep_goes_on_where_it_was(tmp_path):
     path = tmp_path / "trials.jsonl"
     made = []
@@ -201,6 +206,7 @@ def test_the_bar_shows_the_best(capsys):
         ({"k": 3, "order": [1, 2]}, "k is 3; expected 1 to 2"),
         ({"k": 2, "order": [1, 1]}, "expected every place once"),
         ({"k": 2, "order": [1, 100]}, "idx is 100; expected a place"),
+        ({"workers": -1}, "workers is -1; expected"),
     ],
 )
 def test_places_that_are_not_there_are_refused(options, message):

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -111,7 +111,7 @@ def sweep(
     train: Train,
     k: int = 10,
     *,
-    order: Sequence[int] | None = None,
+    order: Iterable[int] | None = None,
     path: str | Path | None = None,
     workers: int = 0,
     early_stopping: bool = True,
@@ -140,7 +140,8 @@ def sweep(
         progress: show a progress bar, if tqdm is installed.
 
     Raises:
-        ValueError: ``k`` is out of range, ``train`` reported no loss, or the file is not one of a sweep.
+        ValueError: ``k``, ``order`` or ``workers`` is out of range, ``train`` reported no loss, or the file is not one
+            of a sweep.
 
     Source:
         The median stopping rule: Golovin et al., *Google Vizier: A Service for Black-Box Optimization*, KDD 2017.
@@ -161,6 +162,8 @@ def sweep(
         >>> result.best.idx
         1
     """
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; expected a number of processes, or 0 for none.")
     idxs = _places(k, order)
     file = None if path is None else Path(path)
     known = {} if file is None else _read(file)
@@ -174,14 +177,13 @@ def sweep(
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(_to_line(trial))
             if bar is not None:
-                bar.set_postfix(
-                    best=f"{min(t.loss for t in trials.values() if t.status != 'stopped'):.4g}", refresh=False
-                )
+                best = min((t.loss for t in trials.values() if t.status == "finished"), default=math.inf)
+                bar.set_postfix(best=f"{best:.4g}", refresh=False)
                 bar.update()
     return Sweep([trials[idx] for idx in idxs])
 
 
-def _places(k: int, order: Sequence[int] | None) -> list[int]:
+def _places(k: int, order: Iterable[int] | None) -> list[int]:
     available = list(range(len(all_configs()))) if order is None else list(order)
     if not 1 <= k <= len(available):
         raise ValueError(f"k is {k}; expected 1 to {len(available)}, the number of entries there are to try.")
@@ -190,7 +192,7 @@ def _places(k: int, order: Sequence[int] | None) -> list[int]:
         config_for_idx(idx)
     if len(set(idxs)) < k:
         raise ValueError(f"order is {order!r}; expected every place once.")
-    return idxs
+    return [int(idx) for idx in idxs]
 
 
 def _run(train: Train, idxs: list[int], finished: list[Trial], workers: int, early_stopping: bool) -> Iterator[Trial]:

@@ -54,14 +54,13 @@ def optax_points(idx, dtype, steps=STEPS):
     return np.asarray(points)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("idx", IDXS)
 def test_optax_takes_the_steps_of_torch(idx):
-    jax = pytest.importorskip("jax")
     pytest.importorskip("optax")
     expected = torch_points(idx)
     assert (np.abs(expected[-1] - START) > 1e-5).all()  # it moved
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(optax_points(idx, "float64"), expected, rtol=1e-11)
+    np.testing.assert_allclose(optax_points(idx, "float64"), expected, rtol=1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.05)])

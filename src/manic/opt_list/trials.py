@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from manic.opt_list.configs import all_configs, config_for_idx
-from manic.plotting import _figure_class
+from manic.plotting import new_figure
 
 Train = Callable[[int], Any]  # a number, or an iterator of numbers
 MIN_FINISHED = 3  # trials that must have finished before one is stopped by comparison
@@ -91,7 +91,7 @@ class Sweep:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure = _figure_class()(figsize=(8.4, 3.2), layout="constrained")
+        figure = new_figure(8.4, 3.2)
         curves, bests = figure.subplots(1, 2)
         for trial in self.trials:
             style = "-" if trial.status == "finished" else ":"

@@ -2,6 +2,9 @@
 
 # pyright: reportMissingImports=false
 
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+# Keras gives its operations no types that pyright could follow.
+
 from __future__ import annotations
 
 import math

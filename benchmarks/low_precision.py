@@ -1,7 +1,8 @@
 """Parameters in bfloat16 and float16: does a character-level language model still train?
 
-Trains the small GPT of src/examples/char_lm with AdamW (warmup, then cosine) from the same seed with parameters of each type,
-under manic with and without a stored displacement, and under mechanic-pytorch if it is installed; prints validation losses.
+Trains the small GPT of src/examples/char_lm with AdamW (warmup, then cosine) from one seed with parameters of each
+type, under manic with and without a stored displacement, and under mechanic-pytorch if installed; prints validation
+losses.
 
     python benchmarks/low_precision.py [--steps 600] [--lr 1.0]
 """

@@ -37,9 +37,8 @@ def table() -> None:
         for ranks in RANKS:
             one, two = (memory(parameters, ranks, copies) for copies in (1, 2))
             ours, base = (1e3 * seconds(parameters, ranks, words) for words in (8, 7))
-            print(
-                f"{name:>6} on {ranks:>6} ranks {one:8.3f} GiB {two:8.3f} GiB {ours:12.3f} ms {base:9.3f} ms {4 * 8:9d} B"
-            )
+            kept = f"{one:8.3f} GiB {two:8.3f} GiB"
+            print(f"{name:>6} on {ranks:>6} ranks {kept} {ours:12.3f} ms {base:9.3f} ms {4 * 8:9d} B")
 
 
 def latency(repeats: int = 300) -> None:

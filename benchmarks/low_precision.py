@@ -10,6 +10,7 @@ losses.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +35,10 @@ def tuners() -> dict[str, Callable[[Any], Any]]:
         "manic, store_delta=False": lambda base: mechanize(base, store_delta=False),
     }
     try:
-        import mechanic_pytorch
+        published: Any = importlib.import_module("mechanic_pytorch")
     except ImportError:
         return found
-    return {**found, "mechanic-pytorch": mechanic_pytorch.mechanize}
+    return {**found, "mechanic-pytorch": published.mechanize}
 
 
 def final_loss(

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
-from manic.updater import Updater, keep_dtypes
+from manic.updater import Updater, check_kind, copied, keep_dtypes
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
@@ -71,6 +71,7 @@ def mechanize(
             f"base is {base!r}; expected a plain optimizer class, as in "
             "mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)."
         )
+    check_kind(base)
     updater = {
         "store_delta": store_delta,
         "internal_lr": internal_lr,
@@ -122,7 +123,7 @@ class _Mechanized(Optimizer):
         # Tools that load optimizers look at these names for what to load.
         self._mark_groups()
         for state in self.state.values():
-            if state:
+            if state and isinstance(state, dict):  # some keep a number under a name instead
                 state.update(dict.fromkeys(STATE_KEYS if self.updater.displacement.store_delta else STATE_KEYS[:1]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -157,7 +158,7 @@ class _Mechanized(Optimizer):
         """In torch's own layout: x_ref and Δ under ``state[p]``, the tuner's numbers in every parameter group."""
         packed = super().state_dict()
         _, base_state = _divide(packed["state"])
-        state_dict = copy.deepcopy({**packed, "state": base_state})
+        state_dict = copied({**packed, "state": base_state})
         for i, tensors in self.updater.displacement.state(list(self.updater._parameters())).items():
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
@@ -267,6 +268,9 @@ def _divide(state: dict[Any, dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]]
     """The part of a packed state that is ours, and the base optimizer's; what is empty is left out."""
     ours, base = {}, {}
     for key, entries in state.items():
+        if not isinstance(entries, dict):
+            base[key] = entries
+            continue
         if mine := {name: entries[name] for name in STATE_KEYS if isinstance(entries.get(name), torch.Tensor)}:
             ours[key] = mine
         if rest := {name: value for name, value in entries.items() if name not in STATE_KEYS}:

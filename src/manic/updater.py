@@ -99,23 +99,27 @@ class Updater:
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
                 "Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
             )
-        if hasattr(optimizer, "mechanic"):
+        # Lightning's and Accelerate's wrappers have no groups of their own: step them, and keep what they wrap.
+        base = optimizer if "param_groups" in vars(optimizer) else getattr(optimizer, "optimizer", optimizer)
+        if hasattr(base, "mechanic"):
             raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}, which tunes itself; expected a plain optimizer. "
+                f"optimizer is a {type(base).__name__}, which tunes itself; expected a plain optimizer. "
                 "Call its step() and leave out Updater and Mechanic."
             )
+        check_kind(type(base))
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
         if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
             raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
-        scheduled = getattr(lr_scheduler, "optimizer", optimizer)
-        if scheduled is not optimizer:
+        scheduled = getattr(lr_scheduler, "optimizer", base)
+        if scheduled is not base:
             raise ValueError(
                 f"lr_scheduler schedules another optimizer (a {type(scheduled).__name__}); "
                 "expected one built on the optimizer given."
             )
-        self.base_optimizer = optimizer
+        self.base_optimizer = base
         self.lr_scheduler = lr_scheduler
+        self._stepped = optimizer
         self.nonfinite = nonfinite
         self.displacement = Displacement(store_delta=store_delta, process_group=process_group)
         self._claimed = False  # by a Mechanic
@@ -227,7 +231,7 @@ class Updater:
             before = self.displacement.begin()
         try:
             with self._internal_rates(), self._found_inf(on_device):
-                loss = self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+                loss = self._stepped.step() if closure is None else self._stepped.step(closure)
             with torch.no_grad():
                 finite = self._finite if on_device else None
                 self.displacement.move(before, self._scale, self._next_scale, finite)
@@ -307,7 +311,7 @@ class Updater:
         return {
             "version": STATE_VERSION,
             "kinds": self._kinds(),
-            "base_optimizer": copy.deepcopy(self.base_optimizer.state_dict()),
+            "base_optimizer": copied(self.base_optimizer.state_dict()),
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
@@ -350,7 +354,7 @@ class Updater:
 
     def _load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Take up a saved scale (in the tuner's units), `unit` and displacement."""
-        self._unit, self._unit_is_settled = unit, True
+        self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, list(self._parameters()))
@@ -445,6 +449,27 @@ class Updater:
 def scale_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_kind(kind: type) -> None:
+    """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach."""
+    if hasattr(kind, "train") and hasattr(kind, "eval"):
+        raise TypeError(
+            f"The optimizer is a {kind.__name__}, which keeps two sets of weights and switches between them with "
+            "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
+        )
+
+
+def copied(value: Any) -> Any:
+    """A deep copy, also of tensors that torch cannot clone, such as torchao's quantized state."""
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except NotImplementedError:
+        names, context = value.__tensor_flatten__()
+        parts = {name: getattr(value, name).clone() for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
 
 
 def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[int, dict[str, Tensor]]) -> None:

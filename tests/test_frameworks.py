@@ -1,0 +1,180 @@
+"""Lightning, Transformers and Accelerate: the examples train as a plain loop does, resume, and show the rate."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from manic import Mechanic, Updater, mechanize
+
+EXAMPLES = Path(__file__).parents[1] / "src" / "examples"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # Lightning, of our tiny data
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # Lightning, of a run resumed into another folder
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning"),  # Lightning, with torch 2.13
+]
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    script = EXAMPLES / name / "main.py"
+    monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def digits(epochs: int, *, accumulate: int = 1, clip: float = 1.0) -> tuple[dict[str, Tensor], list[float]]:
+    """The same training without a framework: the weights, and the effective rate after every step."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    updater = Updater(optimizer, CosineAnnealingLR(optimizer, 28 // accumulate * epochs))
+    mechanic = Mechanic(updater)
+    rates = []
+    for i in range(28 * epochs):
+        rows = slice(64 * (i % 28), 64 * (i % 28 + 1))
+        loss = nn.functional.cross_entropy(model(x[rows].float() / 16), y[rows])
+        (loss / accumulate).backward()
+        if (i + 1) % accumulate == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            mechanic.step()
+            updater.step()
+            updater.zero_grad()
+            rates += updater.get_last_lr()
+    return model.state_dict(), rates
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    a, b = ({name.removeprefix("net."): tensor for name, tensor in weights.items()} for weights in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("form", [(), ("--two-objects",)], ids=["drop-in", "two objects"])
+def test_lightning(form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    whole, half, rest = (tmp_path / name for name in ("whole", "half", "rest"))
+    run("lightning", monkeypatch, *form, "--epochs", 4, "--folder", whole)
+    run("lightning", monkeypatch, *form, "--epochs", 4, "--stop-after", 2, "--folder", half)
+    (saved,) = half.glob("checkpoints/*.ckpt")
+    run("lightning", monkeypatch, *form, "--epochs", 4, "--folder", rest, "--resume", saved)
+
+    checkpoints = [torch.load(next(folder.glob("checkpoints/*.ckpt")), weights_only=True) for folder in (whole, rest)]
+    assert [checkpoint["global_step"] for checkpoint in checkpoints] == [112, 112]
+    assert same(*(checkpoint["state_dict"] for checkpoint in checkpoints))
+    plain, rates = digits(4)
+    assert same(checkpoints[0]["state_dict"], plain)
+    assert not same(plain, digits(4, clip=1e9)[0])  # so the clipped gradient is what reached the tuner
+
+    for folder, first in ((whole, 0), (rest, 56)):
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        assert float(rows[-1]["loss"]) < 1.0  # 2.3 at the start
+        logged = [float(row["lr"]) for row in rows]
+        # What is logged before a step is the rate in force after the step before.
+        assert logged[1:] == pytest.approx(rates[first : first + len(rows) - 1], rel=1e-5)
+        assert max(logged) > 1e-3
+
+
+def test_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from safetensors.torch import load_file
+
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    run("transformers", monkeypatch, "--steps", 40, "--save-every", 20, "--folder", whole)
+    shutil.copytree(whole / "checkpoint-20", rest / "checkpoint-20")
+    run("transformers", monkeypatch, "--steps", 40, "--save-every", 20, "--folder", rest, "--resume")
+    weights = [load_file(folder / "checkpoint-40" / "model.safetensors") for folder in (whole, rest)]
+    assert same(*weights)
+    assert not same(weights[0], load_file(whole / "checkpoint-20" / "model.safetensors"))
+
+    for folder in (whole, rest):
+        logs = json.loads((folder / "checkpoint-40" / "trainer_state.json").read_text())["log_history"]
+        assert logs[-1]["loss"] < logs[0]["loss"] - 0.2
+        group = torch.load(folder / "checkpoint-20" / "optimizer.pt", weights_only=True)["param_groups"][0]
+        rate = float(group["mechanic_tuner"][0].sum()) * group["mechanic_unit"] * group["lr"]
+        assert logs[1]["step"] == 20
+        assert logs[1]["learning_rate"] == pytest.approx(rate)
+        assert 1e-6 < rate < 0.5  # the rate given goes up to 1
+
+
+@pytest.mark.parametrize("form", [(), ("--two-objects",)], ids=["drop-in", "two objects"])
+def test_accelerate(
+    form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate")
+    from safetensors.torch import load_file
+
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    run("accelerate", monkeypatch, *form, "--epochs", 4, "--folder", whole)
+    shown = capsys.readouterr().out
+    run("accelerate", monkeypatch, *form, "--epochs", 4, "--stop-after", 2, "--folder", rest)
+    run("accelerate", monkeypatch, *form, "--epochs", 4, "--resume", "--folder", rest)
+    assert capsys.readouterr().out == shown
+    assert len(shown.splitlines()) == 4
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, rest)]
+    assert same(*weights)
+    plain, rates = digits(4, accumulate=2)
+    assert same(weights[0], plain)
+    assert [float(line.split()[-1]) for line in shown.splitlines()] == pytest.approx(rates[13::14], rel=1e-2)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Lightning and Accelerate wrap an optimizer: the groups are the wrapped one's, and steps go through here."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return self.optimizer.step(closure)
+
+
+def test_a_wrapped_optimizer_keeps_its_state_where_it_was() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    base = torch.optim.AdamW([weight], lr=1e-3)
+    wrapper = Wrapper(base)
+    updater = Updater(wrapper, CosineAnnealingLR(base, 10))
+    mechanic = Mechanic(updater)
+    for _ in range(3):
+        weight.grad = weight.detach().clone()
+        mechanic.step()
+        updater.step()
+        updater.load_state_dict(updater.state_dict())
+    assert wrapper.steps == 3
+    assert updater.base_optimizer is base
+    assert updater.param_groups is base.param_groups
+    with pytest.raises(TypeError, match="tunes itself"):
+        Updater(Wrapper(mechanize(torch.optim.SGD)([weight], lr=1.0)))
+
+
+def test_loading_before_the_first_step_leaves_the_rate_open() -> None:
+    """Accelerate's `prepare` saves and loads; a scheduler made after it sets the rates."""
+
+    def run(load: bool) -> Tensor:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = mechanize(torch.optim.SGD)([weight], lr=1e-12)
+        if load:
+            optimizer.load_state_dict(optimizer.state_dict())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 100.0, total_steps=10)
+        for _ in range(5):
+            weight.grad = weight.detach().clone()
+            optimizer.step()
+            schedule.step()
+        return weight.detach()
+
+    assert not torch.equal(run(load=False), torch.ones(3))
+    assert torch.equal(run(load=True), run(load=False))

@@ -1,0 +1,125 @@
+"""Which base optimizers work: the tables of ``docs/optimizers.md`` say what is found here, name by name.
+
+An optimizer works if, mechanized and given ``lr=1e-6``, it brings the loss of a small network below a tenth, and if a
+run that is saved and loaded goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manic import Updater, mechanize
+
+PAGE = Path(__file__).parents[1] / "docs" / "optimizers.md"
+PACKAGES = {
+    "torch.optim": "torch.optim",
+    "pytorch_optimizer": "pytorch_optimizer",
+    "torchao.optim": "torchao.optim",
+    "schedulefree": "schedulefree",
+}
+TAKES_A_MODEL = {"AdaLOMO", "AdamMini", "LOMO"}
+TAKES_MARKED_GROUPS = {"AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon"}
+DIFFERENTIATES_THE_GRADIENT = {"AdaHessian", "SophiaH"}
+ARGUMENTS: dict[str, dict[str, Any]] = {"BSAM": {"num_data": 128}, "Ranger21": {"num_iterations": 200}}
+STEPS, FEWER_STEPS = 200, {"LBFGS": 15, "SpectralSphere": 60}  # these take 20 and 5 times as long
+
+
+class Run:
+    """A network of matrices only, as Muon wants it; for torchao one of the 4,096 elements from which it quantizes."""
+
+    def __init__(self, cls: Any) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(128, 8)
+        teacher = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 1, bias=False))
+        self.y = 3 * teacher(self.x).detach()
+        width = 64 if cls.__module__.startswith("torchao") else 16
+        shapes = ((8, width), (width, width), (width, 1))
+        self.model = nn.Sequential(*(nn.Linear(*shape, bias=False) for shape in shapes))
+        self.model.insert(2, nn.Tanh())
+        parameters: Any = self.model if cls.__name__ in TAKES_A_MODEL else list(self.model.parameters())
+        if cls.__module__.startswith("pytorch_optimizer") and cls.__name__ in TAKES_MARKED_GROUPS:
+            parameters = [{"params": parameters, "use_muon": True}]
+        self.differentiates = cls.__name__ in DIFFERENTIATES_THE_GRADIENT
+        self.optimizer = mechanize(cls)(parameters, lr=1e-6, **ARGUMENTS.get(cls.__name__, {}))
+
+    def loss(self, rows: Any = slice(None)) -> Tensor:
+        return (self.model(self.x[rows]) - self.y[rows]).square().mean()
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            np.random.seed(step)  # Kron's
+            rows = (torch.arange(32) + 32 * step) % 128
+
+            def closure(rows: Tensor = rows) -> Tensor:
+                self.optimizer.zero_grad()
+                loss = self.loss(rows)
+                loss.backward(create_graph=self.differentiates)
+                return loss
+
+            self.optimizer.step(closure)
+
+
+def fault(cls: Any) -> str:
+    """Why an optimizer does not work, or nothing."""
+    try:
+        run = Run(cls)
+        start = float(run.loss())
+        run.train(range(FEWER_STEPS.get(cls.__name__, STEPS)))
+        if not float(run.loss()) < 0.1 * start:
+            return f"the loss went from {start:.3g} to {float(run.loss()):.3g}"
+        saved, resumed = Run(cls), Run(cls)
+        saved.train(range(20))
+        resumed.model.load_state_dict(saved.model.state_dict())
+        resumed.optimizer.load_state_dict(saved.optimizer.state_dict())
+        for one in (saved, resumed):
+            one.train(range(20, 30))
+        pairs = zip(saved.model.parameters(), resumed.model.parameters(), strict=True)
+        return "" if all(torch.equal(a, b) for a, b in pairs) else "a resumed run differs"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def classes(module: Any) -> dict[str, Any]:
+    if hasattr(module, "get_supported_optimizers"):  # leaves out the classes that wrap another optimizer
+        kinds = {module.load_optimizer(name) for name in module.get_supported_optimizers()}
+    else:
+        kinds = {kind for kind in vars(module).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer}
+    return {
+        kind.__name__: kind
+        for kind in kinds
+        if re.fullmatch(r"[A-Z].*(?<!Closure)(?<!Reference)(?<!Paper)", kind.__name__)
+    }
+
+
+def names(text: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", text))
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs: deprecations, experimental features, advice
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_tables_say_what_works(package: str) -> None:
+    module = pytest.importorskip(PACKAGES[package], exc_type=ImportError)
+    section = PAGE.read_text().split(f"\n## {package}")[1].split("\n## ")[0]
+    works, fails = section.split("| does not work |")
+    faults = {name: fault(kind) for name, kind in sorted(classes(module).items())}
+    wrong = {name: why or "works" for name, why in faults.items() if name not in names(fails if why else works)}
+    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert names(works) | names(re.sub(r"(?m)^\|( .*? )\|.*", r"\1", fails)) == set(faults)
+
+
+def test_an_optimizer_with_two_sets_of_weights_is_refused() -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="AdamWScheduleFree, which keeps two sets of weights"):
+        mechanize(schedulefree.AdamWScheduleFree)
+    with pytest.raises(TypeError, match="AdamWScheduleFree, which keeps two sets of weights"):
+        Updater(schedulefree.AdamWScheduleFree([weight], lr=1.0))

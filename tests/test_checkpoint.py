@@ -165,10 +165,11 @@ def test_a_state_of_another_model_is_refused_whole(form: str) -> None:
     def build(width: int) -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(0)
         model = Wider(width)
+        groups = [{"params": list(model.parameters()), "param_names": [name for name, _ in model.named_parameters()]}]
         if form == "drop-in":
-            optimizer = mechanize(torch.optim.AdamW)(model.named_parameters(), lr=0.1)
+            optimizer = mechanize(torch.optim.AdamW)(groups, lr=0.1)
             return model, optimizer, optimizer.step
-        updater = Updater(torch.optim.AdamW(model.named_parameters(), lr=0.1))
+        updater = Updater(torch.optim.AdamW(groups, lr=0.1))
         mechanic = Mechanic(updater)
 
         def step() -> None:

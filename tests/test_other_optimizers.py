@@ -1,7 +1,7 @@
 """Which base optimizers work: the tables of ``docs/optimizers.md`` say what is found here, name by name.
 
-An optimizer works if, mechanized and given ``lr=1e-6``, it brings the loss of a small network below a tenth, and a run
-that is saved and loaded goes on bit for bit.
+An optimizer works if, mechanized and given ``lr=1e-6``, it brings the loss of a small network below a tenth, and if a
+run that is saved and loaded goes on bit for bit.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "manic/py.typed" in names
+    assert "manic/opt_list/nadamw.csv" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"manic"}  # no examples, no tests
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

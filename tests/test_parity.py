@@ -104,23 +104,23 @@ def test_mechanic_pytorch(optimizer: str, store_delta: bool) -> None:
     assert scale == pytest.approx(float(published.state["_mechanic"]["s"].sum()), rel=TOLERANCE)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optax(optimizer: str, scheduler: str) -> None:
     """At λ > 0. The base update inside optax is torch's, so that only Mechanic is compared."""
-    with jax.enable_x64(True):
-        base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), lambda g, s, p, *, u: (u, s))
-        published = optax.contrib.mechanize(base, weight_decay=1e-2, s_init=S_INIT)
-        state = published.init(jnp.asarray(flat(make_net()).numpy()))
-        update = jax.jit(lambda g, state, x, u: published.update(g, state, x, u=u))
+    base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), lambda g, s, p, *, u: (u, s))
+    published = optax.contrib.mechanize(base, weight_decay=1e-2, s_init=S_INIT)
+    state = published.init(jnp.asarray(flat(make_net()).numpy()))
+    update = jax.jit(lambda g, state, x, u: published.update(g, state, x, u=u))
 
-        def tune(x: list[float], g: list[float], u: list[float]) -> list[float]:
-            nonlocal state
-            change, state = update(np.array(g), state, np.array(x), np.array(u))
-            return (np.array(x) + np.asarray(change)).tolist()
+    def tune(x: list[float], g: list[float], u: list[float]) -> list[float]:
+        nonlocal state
+        change, state = update(np.array(g), state, np.array(x), np.array(u))
+        return (np.array(x) + np.asarray(change)).tolist()
 
-        expected = drive(optimizer, scheduler, tune)
-        expected_scale = float(state.s.sum())
+    expected = drive(optimizer, scheduler, tune)
+    expected_scale = float(state.s.sum())
     ours, scale = run_manic(optimizer, scheduler, store_delta=False, rule="optax", s_decay=1e-2)
     assert relative_difference(ours, expected) < TOLERANCE
     assert scale == pytest.approx(expected_scale, rel=TOLERANCE)

@@ -6,12 +6,12 @@ temporary of that size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
 from manic.kernels import choose
 from manic.kernels.plain import point
 from manic.tuner import Sums
@@ -23,52 +23,104 @@ class Slot:
     """What is kept of one parameter, as 1-d real tensors in the order of the parameter's memory.
 
     Attributes:
+        parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
-        version: the parameter's version counter after our last write; ``None`` after a time away (frozen, saved,
-            copied), so that the next look compares the parameter with x_ref and Δ.
-        address: where its memory was then.
     """
 
     def __init__(self, parameter: Tensor, *, store_delta: bool) -> None:
-        real = _real(parameter)
+        self.parameter = parameter
+        real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self.flat(parameter).clone()
+        self.reference = self.x().clone()
         self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
-        self.version: int | None = None
+        self._version: int | None = None
         self.address = 0
-        self.stamp(parameter)
+        self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
-        own = {name: value.clone() for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        return {**self.__dict__, **own, "version": None}
+        kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
+        return {**self.__dict__, **kept, "_version": None}
 
-    def stamp(self, parameter: Tensor) -> None:
+    def stamp(self) -> None:
         """Note that the parameter is as we left it."""
-        self.version, self.address = parameter._version, parameter.data_ptr()
+        self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
 
-    def to(self, like: Tensor) -> None:
-        """Follow the parameter to another device or dtype."""
-        self.reference = self.reference.to(like)
+    def leave(self) -> None:
+        """Note that the scale goes on without the parameter, which has to be compared when it is back."""
+        self._version = None
+
+    def is_changed(self) -> bool:
+        """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""
+        return self._version != version(self.parameter) or self.address != local(self.parameter).data_ptr()
+
+    def keep_change(self, scale: Tensor) -> bool:
+        """Shift x_ref by what was done to the parameter, element by element: what was not changed stays exact.
+
+        Returns:
+            Whether Δ had to be given up.
+        """
+        x = self.x()
+        lost = self.delta is None and self._version is not None
+        self.reference = self.reference.to(x)
         if self.delta is not None:
-            self.delta = self.delta.to(like.device, _wide(like.dtype))
+            scale = scale.to(x.device)
+            self.delta = self.delta.to(x.device, _wide(x.dtype))
+            same = x == point(self.reference, self.delta, scale).to(x.dtype)
+            self.reference.copy_(torch.where(same, self.reference, (x - self.delta * scale).to(x.dtype)))
+            if self.delta.dtype != x.dtype:  # x_ref alone is too coarse to hold the change: Δ takes the rest
+                rest = (x.to(self.delta.dtype) - self.reference) / scale
+                self.delta.copy_(torch.where(same | (scale == 0), self.delta, rest))
+            self.write(point(self.reference, self.delta, scale))
+        elif lost:
+            self.reference.copy_(x)
+        self.stamp()
+        return lost
 
-    def flat(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as 1-d, a view where its memory allows."""
-        return _real(tensor).permute(self._order).reshape(-1)
+    def x(self) -> Tensor:
+        """The parameter as 1-d: its own memory, or a copy where that has gaps."""
+        return self._flat(local(self.parameter))
 
-    def tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+    def gradient(self) -> Tensor | None:
+        """Its gradient as 1-d.
+
+        Raises:
+            ValueError: it is sparse.
+        """
+        gradient = local_gradient(self.parameter)
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; expected a dense one. "
+                "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
+            )
+        return None if gradient is None else self._flat(gradient)
+
+    def write(self, x: Tensor) -> None:
+        """Set the parameter from a 1-d tensor."""
+        local(self.parameter).copy_(self._shaped(x))
+
+    def tensors(self) -> dict[str, Tensor]:
         """Views of x_ref and Δ in the parameter's shape, by the names they have in a state dict."""
         kept = {"reference": self.reference, "delta": self.delta}
-        return {name: self.shaped(flat, parameter) for name, flat in kept.items() if flat is not None}
+        return {n: spread(self._shaped(flat), self.parameter) for n, flat in kept.items() if flat is not None}
 
-    def shaped(self, flat: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `flat`, always a view: ``like`` says whether the parameter is complex."""
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        self.reference.copy_(self._flat(local_part(tensors["reference"], self.parameter)))
+        if self.delta is not None:
+            self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
+        self._version = None
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        return _real(tensor).permute(self._order).reshape(-1)
+
+    def _shaped(self, flat: Tensor) -> Tensor:
+        """The inverse of `_flat`, always a view."""
         inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         real = flat.view(self._shape).permute(inverse)
-        return torch.view_as_complex(real) if like.is_complex() else real
+        return torch.view_as_complex(real) if self.parameter.is_complex() else real
 
 
 class Bucket:
@@ -77,65 +129,60 @@ class Bucket:
     Packing keeps the cost of a step with many small tensors near that of their elements. x_ref and Δ of packed
     parameters live in one tensor, of which their slots have views; x and g are gathered for a pass.
 
+    Args:
+        slots: of parameters on one device, of one dtype.
+        share: the weight of this rank's sums over them, see `Reduction`.
+        total: how many elements there are on that device, for the choice of kernels.
+
     Attributes:
         reference: x_ref, 1-d.
         delta: Δ, 1-d, or ``None``.
         kernels: the module with the passes for these tensors.
     """
 
-    def __init__(self, members: list[tuple[Tensor, Slot]], total: int) -> None:
-        self._members = members
-        self._flat = [slot.flat(parameter) for parameter, slot in members]
-        self._is_view = [flat.data_ptr() == p.data_ptr() for flat, (p, _) in zip(self._flat, members, strict=True)]
+    def __init__(self, slots: list[Slot], share: float, total: int) -> None:
+        self._slots = slots
+        self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
+        self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
-        self.reference, self.delta = members[0][1].reference, members[0][1].delta
-        if len(members) > 1:
-            self.reference = torch.cat([slot.reference for _, slot in members])
-            deltas = [slot.delta for _, slot in members if slot.delta is not None]
+        self.share = share
+        self.reference, self.delta = slots[0].reference, slots[0].delta
+        if len(slots) > 1:
+            self.reference = torch.cat([slot.reference for slot in slots])
+            deltas = [slot.delta for slot in slots if slot.delta is not None]
             self.delta = torch.cat(deltas) if deltas else None
-            for i, (_, slot) in enumerate(members):
+            for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
         self.kernels = choose(self.reference, total)
 
     def values(self, *, copy: bool = False) -> Tensor:
-        """x as one 1-d tensor: the parameter's own memory where there is one dense parameter, else gathered."""
-        if len(self._members) > 1:
-            return torch.cat(self._current())
-        (flat,) = self._current()
-        return flat.clone() if copy else flat
+        """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
+        parts = zip(self._flat, self._is_view, self._slots, strict=True)
+        flat = [part if view else slot.x() for part, view, slot in parts]
+        if len(flat) > 1:
+            return torch.cat(flat)
+        return flat[0].clone() if copy else flat[0]
 
     def gradients(self) -> Tensor | None:
-        """g as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
-        gradients = [parameter.grad for parameter, _ in self._members]
-        for gradient in gradients:
-            if gradient is not None and gradient.layout != torch.strided:
-                raise ValueError(
-                    f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; expected a dense one. "
-                    "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
-                )
+        """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
+        gradients = [slot.gradient() for slot in self._slots]
         if all(gradient is None for gradient in gradients):
             return None
-        flat = [
-            torch.zeros_like(like) if gradient is None else slot.flat(gradient)
-            for gradient, like, (_, slot) in zip(gradients, self._flat, self._members, strict=True)
-        ]
+        pairs = zip(gradients, self._flat, strict=True)
+        flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
         parts = x.split(self._sizes)
-        own = [(flat, part) for flat, part, view in zip(self._flat, parts, self._is_view, strict=True) if view]
-        if own and own[0][0] is not x:
-            torch._foreach_copy_([flat for flat, _ in own], [part for _, part in own])  # type: ignore
-        for part, view, (parameter, slot) in zip(parts, self._is_view, self._members, strict=True):
+        views = [i for i, view in enumerate(self._is_view) if view and self._flat[i] is not x]
+        if views:
+            torch._foreach_copy_([self._flat[i] for i in views], [parts[i] for i in views])  # type: ignore
+        for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
             if not view:
-                parameter.copy_(slot.shaped(part, parameter))
-            slot.stamp(parameter)
-
-    def _current(self) -> list[Tensor]:
-        pairs = zip(self._flat, self._is_view, self._members, strict=True)
-        return [flat if view else slot.flat(parameter) for flat, view, (parameter, slot) in pairs]
+                slot.write(part)
+            slot.stamp()
 
 
 class Displacement:
@@ -143,6 +190,7 @@ class Displacement:
 
     Args:
         store_delta: keep Δ (two copies of the model in all), or recompute it as (x - x_ref)/(scale + eps) (one).
+        process_group: see `Reduction`.
 
     Attributes:
         slots: what is kept of each parameter, in the order in which they joined.
@@ -150,18 +198,20 @@ class Displacement:
         eps: ε of the recomputed Δ.
     """
 
-    def __init__(self, *, store_delta: bool) -> None:
+    def __init__(self, *, store_delta: bool, process_group: Any = None) -> None:
         self.store_delta = store_delta
+        self.process_group = process_group
         self.eps = 1e-8
         self.slots: dict[Tensor, Slot] = {}
         self.joined = False
+        self._reduction: Reduction | None = None
         self._buckets: list[Bucket] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buckets": [], "_key": []}
+        return {**self.__dict__, "_buckets": [], "_key": [], "_reduction": None}
 
-    def refresh(self, parameters: Iterable[Tensor], scale: Tensor, *, changed: bool = False) -> bool:
+    def refresh(self, parameters: list[Tensor], scale: Tensor, *, changed: bool = False) -> bool:
         """See who takes part in the coming step, and keep what others did to the parameters since the last.
 
         A parameter takes part while it requires or has a gradient; when it first does, it gets its x_ref. The x_ref of
@@ -181,39 +231,22 @@ class Displacement:
             slot = self.slots.get(parameter)
             if not parameter.requires_grad and parameter.grad is None:
                 if slot is not None:
-                    slot.version = None
+                    slot.leave()
                 continue
             if slot is None:
                 slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
                 self.joined = True
-            elif changed or slot.version != parameter._version or slot.address != parameter.data_ptr():
-                lost |= self._keep_change(parameter, slot, scale)
-            active.append((parameter, slot))
+            elif changed or slot.is_changed():
+                lost |= slot.keep_change(scale)
+            active.append(slot)
             key += (id(parameter), slot.address)
-        if key != self._key:
-            self._buckets, self._key = _pack(active), key
-        return lost
-
-    def _keep_change(self, parameter: Tensor, slot: Slot, scale: Tensor) -> bool:
-        """Shift x_ref by what was done to the parameter, element by element: what was not changed stays exact."""
-        x = slot.flat(parameter)
-        lost = slot.delta is None and slot.version is not None
-        slot.to(x)
-        if slot.delta is not None:
-            scale = scale.to(x.device)
-            same = x == point(slot.reference, slot.delta, scale).to(x.dtype)
-            slot.reference.copy_(torch.where(same, slot.reference, (x - slot.delta * scale).to(x.dtype)))
-            if slot.delta.dtype != x.dtype:  # x_ref alone is too coarse to hold the change: Δ takes the rest
-                rest = (x.to(slot.delta.dtype) - slot.reference) / scale
-                slot.delta.copy_(torch.where(same | (scale == 0), slot.delta, rest))
-            parameter.copy_(slot.shaped(point(slot.reference, slot.delta, scale), parameter))
-        elif lost:
-            slot.reference.copy_(x)
-        slot.stamp(parameter)
+        if key != self._key or self._reduction is None:
+            self._reduction = Reduction(parameters, self.process_group)
+            self._buckets, self._key = _pack(active, self._reduction), key
         return lost
 
     def sums(self, scale: Tensor) -> Sums:
-        """The four sums over the parameters that take part.
+        """The four sums over the parameters that take part, on all ranks that they are spread over.
 
         Args:
             scale: the scale in force, 0-d. The sums are on its device, in its dtype.
@@ -221,12 +254,12 @@ class Displacement:
         Raises:
             ValueError: a gradient is sparse.
         """
-        parts = [
-            bucket.kernels.sums(bucket.values(), bucket.gradients(), bucket.reference, bucket.delta).to(scale)
-            for bucket in self._buckets
-        ]
-        total = torch.stack(parts).sum(0) if parts else scale.new_zeros(4)
-        delta_grad, delta_param, grad_square, param_square = total.unbind()
+        assert self._reduction is not None
+        total = scale.new_zeros(4)
+        for bucket in self._buckets:
+            part = bucket.kernels.sums(bucket.values(), bucket.gradients(), bucket.reference, bucket.delta)
+            total.add_(part.to(scale), alpha=bucket.share)
+        delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
         return Sums(delta_grad, delta_param, grad_square, param_square)
@@ -266,10 +299,10 @@ class Displacement:
                 x.copy_(torch.where(finite.to(x.device), x, start))
             bucket.put(x)
 
-    def state(self, parameters: Iterable[Tensor]) -> dict[int, dict[str, Tensor]]:
+    def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
         return {
-            i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors(parameter).items()}
+            i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)
             if parameter in self.slots
         }
@@ -301,31 +334,27 @@ class Displacement:
         self._buckets, self._key = [], []
         for i, tensors in state.items():
             slot = self.slots[parameters[i]] = Slot(parameters[i], store_delta=self.store_delta)
-            slot.version = None
-            slot.reference.copy_(slot.flat(tensors["reference"]))
-            if slot.delta is not None:
-                slot.delta.copy_(slot.flat(tensors["delta"]))
+            slot.load(tensors)
 
 
-def _pack(active: list[tuple[Tensor, Slot]]) -> list[Bucket]:
-    """Large parameters alone, small ones of a device and dtype together until they are large."""
+def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
+    """Large parameters alone, small ones of a device, dtype and share together until they are large."""
     total: dict[torch.device, int] = {}
-    groups: list[list[tuple[Tensor, Slot]]] = []
-    open_groups: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[Tensor, Slot]], list[int]]] = {}
-    for member in active:
-        reference = member[1].reference
+    done: list[tuple[list[Slot], float]] = []
+    growing: dict[tuple[torch.device, torch.dtype, float], list[Slot]] = {}
+    for slot in active:
+        reference, share = slot.reference, reduction.share(slot.parameter)
         total[reference.device] = total.get(reference.device, 0) + reference.numel()
         if reference.numel() >= PACK:
-            groups.append([member])
+            done.append(([slot], share))
             continue
-        kind = (reference.device, reference.dtype)
-        group, sizes = open_groups.setdefault(kind, ([], []))
-        group.append(member)
-        sizes.append(reference.numel())
-        if sum(sizes) >= 4 * PACK:
-            groups.append(open_groups.pop(kind)[0])
-    groups += [group for group, _ in open_groups.values()]
-    return [Bucket(group, total[group[0][1].reference.device]) for group in groups]
+        kind = (reference.device, reference.dtype, share)
+        pack = growing.setdefault(kind, [])
+        pack.append(slot)
+        if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
+            done.append((growing.pop(kind), share))
+    done += [(pack, share) for (_, _, share), pack in growing.items()]
+    return [Bucket(slots, share, total[slots[0].reference.device]) for slots, share in done]
 
 
 def _real(tensor: Tensor) -> Tensor:

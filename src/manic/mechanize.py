@@ -35,6 +35,7 @@ def mechanize(
     store_delta: bool = True,
     internal_lr: float | None = 1.0,
     nonfinite: str = "skip",
+    process_group: Any = None,
     log_func: Callable[[dict[str, Any]], object] | None = None,
     log_every: int = 0,
 ) -> Any:
@@ -47,7 +48,7 @@ def mechanize(
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
         rule, betas, s_decay, s_init, eps, max_scale, log_func, log_every: see `Mechanic`.
-        store_delta, internal_lr, nonfinite: see `Updater`.
+        store_delta, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
         A subclass of ``base``, called with the arguments of ``base``.
@@ -71,7 +72,12 @@ def mechanize(
             "mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)."
         )
     check_kind(base)
-    updater = {"store_delta": store_delta, "internal_lr": internal_lr, "nonfinite": nonfinite}
+    updater = {
+        "store_delta": store_delta,
+        "internal_lr": internal_lr,
+        "nonfinite": nonfinite,
+        "process_group": process_group,
+    }
     tuner = {
         "rule": rule,
         "betas": tuple(betas),
@@ -153,7 +159,7 @@ class _Mechanized(Optimizer):
         packed = super().state_dict()
         _, base_state = _divide(packed["state"])
         state_dict = copied({**packed, "state": base_state})
-        for i, tensors in self.updater.displacement.state(self.updater._parameters()).items():
+        for i, tensors in self.updater.displacement.state(list(self.updater._parameters())).items():
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
@@ -211,7 +217,7 @@ class _Mechanized(Optimizer):
             if self.state.get(parameter) or parameter.grad is not None
         ]
         for parameter, slot in stepped:
-            self.state[parameter].update(slot.tensors(parameter))
+            self.state[parameter].update(slot.tensors())
         self._mirrored = len(stepped)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,14 +23,13 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw.
     """
-    figure_class = _figure_class()
     runs = {name: run.columns if isinstance(run, History) else dict(run) for name, run in histories.items()}
     panels = [(key, label) for key, label in PANELS if any(key in run for run in runs.values())]
     if not panels:
         raise ValueError(
             "No run has a row with a loss, a scale or a learning rate; expected at least one. Train first."
         )
-    figure = figure_class(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    figure = new_figure(4.2 * len(panels), 3.2)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, (name, run) in enumerate(runs.items()):
@@ -50,9 +49,10 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
     figure.savefig(path, dpi=120)
 
 
-def _figure_class() -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, or an ImportError that says what to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plotting needs matplotlib, which is not installed: pip install 'manic[plot]'.") from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")

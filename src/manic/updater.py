@@ -61,6 +61,8 @@ class Updater:
             give a larger one, such as 1e3.
         nonfinite: what to do about a step whose gradient or h is not finite: ``"skip"`` it, or ``"raise"``. On an
             accelerator with a fused base optimizer, without waiting for the device; the schedule then goes on.
+        process_group: the ranks that the model is spread over, where the parameters do not tell: with FSDP1, whose
+            parameters are plain tensors, or when ``DTensor`` parameters are spread over some ranks only.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number.
@@ -90,6 +92,7 @@ class Updater:
         store_delta: bool = True,
         internal_lr: float | None = 1.0,
         nonfinite: str = "skip",
+        process_group: Any = None,
     ) -> None:
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
             raise TypeError(
@@ -118,7 +121,7 @@ class Updater:
         self.lr_scheduler = lr_scheduler
         self._stepped = optimizer
         self.nonfinite = nonfinite
-        self.displacement = Displacement(store_delta=store_delta)
+        self.displacement = Displacement(store_delta=store_delta, process_group=process_group)
         self._claimed = False  # by a Mechanic
         self._pending = False  # a scale was proposed and waits for `step`
         self._handed_off = False
@@ -171,7 +174,7 @@ class Updater:
         self._settle_unit()
         self._to(next(self._parameters()).device)
         self._parameter_count = sum(1 for _ in self._parameters())
-        if self.displacement.refresh(self._parameters(), self._scale) and not self._warned_of_change:
+        if self.displacement.refresh(list(self._parameters()), self._scale) and not self._warned_of_change:
             self._warned_of_change = True
             warnings.warn(
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
@@ -243,6 +246,32 @@ class Updater:
         return loss
 
     @torch.no_grad()
+    def init_state(self) -> None:
+        """Set up all state that a first step would, without moving anything.
+
+        For loaders that fill the tensors of a state dict in place, as ``torch.distributed.checkpoint.load`` does.
+        It changes nothing once a step was taken.
+        """
+        self._check_open()
+        if self.displacement.slots:
+            return
+        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        gradients = [parameter.grad for parameter in parameters]
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * 0
+            self.base_optimizer.step()
+        finally:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+        self.displacement.refresh(list(self._parameters()), self._scale)
+
+    @torch.no_grad()
     def rebase(self) -> None:
         """Take the parameters as they are now: x_ref shifts by what others changed, Δ stays.
 
@@ -250,7 +279,7 @@ class Updater:
         without this. Call it after those that do not, such as writes through ``parameter.data``.
         """
         self._check_open()
-        self.displacement.refresh(self._parameters(), self._scale, changed=True)
+        self.displacement.refresh(list(self._parameters()), self._scale, changed=True)
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
@@ -286,7 +315,7 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
-            "displacement": self.displacement.state(self._parameters()),
+            "displacement": self.displacement.state(list(self._parameters())),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # more would wait for each other: the network is small
     data = load_data()
 
     def run(lr: float, *, manic: bool) -> Result:

@@ -135,7 +135,11 @@ def main() -> None:
         rows = {
             f"best of {len(GRID)} rates ({near} within 10 %)": (grid[best], f"{best:.1g}", (len(GRID) - 1) * STEPS),
             "manic to the end": (mean(task.test_loss() for task, _ in whole), "", 0),
-            f"manic for {PROBE} steps, then `hand_off()`": (mean(loss for loss, _ in probes), "", 0),
+            f"manic for {PROBE} steps, then `hand_off()`": (
+                mean(loss for loss, _ in probes),
+                spread(rate for _, rate in probes),
+                0,
+            ),
             f"manic for {PROBE} steps, then from the start at its rate": (
                 mean(plain(base, rate, seed) for seed, (_, rate) in zip(seeds, probes, strict=True)),
                 spread(rate for _, rate in probes),

@@ -84,15 +84,37 @@ def test_lightning(form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_p
         assert max(logged) > 1e-3
 
 
-def test_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from sklearn.datasets import load_digits
+    from torch.utils.data import DataLoader, TensorDataset
+
+    torch.manual_seed(0)
+    module = runpy.run_path(str(EXAMPLES / "lightning" / "main.py"))["Digits"](steps=28)
+    x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x.float() / 16, y), batch_size=64, drop_last=True))
+    assert trainer.global_step == 28
+    assert same(module.state_dict(), digits(2, accumulate=2)[0])
+
+
+@pytest.mark.parametrize("form", [(), ("--optimizers",)], ids=["class", "optimizer and schedule"])
+def test_transformers(form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from safetensors.torch import load_file
 
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    run("transformers", monkeypatch, "--steps", 40, "--save-every", 20, "--folder", whole)
+    run("transformers", monkeypatch, *form, "--steps", 40, "--save-every", 20, "--folder", whole)
     shutil.copytree(whole / "checkpoint-20", rest / "checkpoint-20")
-    run("transformers", monkeypatch, "--steps", 40, "--save-every", 20, "--folder", rest, "--resume")
+    run("transformers", monkeypatch, *form, "--steps", 40, "--save-every", 20, "--folder", rest, "--resume")
     weights = [load_file(folder / "checkpoint-40" / "model.safetensors") for folder in (whole, rest)]
     assert same(*weights)
     assert not same(weights[0], load_file(whole / "checkpoint-20" / "model.safetensors"))

@@ -1,6 +1,7 @@
 """Hugging Face Trainer: a small GPT-2 made on the spot, on sequences that count upwards modulo 64.
 
-The Trainer makes its own parameter groups and schedule; ``--resume`` goes on from its newest checkpoint.
+The Trainer makes its own parameter groups and schedule, or, with ``--optimizers``, gets ours; ``--resume`` goes on from
+its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from manic import mechanize
@@ -37,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--optimizers", action="store_true", help="hand an optimizer and a schedule over, not a class")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/transformers"))
     options = parser.parse_args()
@@ -57,12 +60,14 @@ def main() -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = TrainerWithRate(
-        model=GPT2LMHeadModel(config),
-        args=arguments,
-        train_dataset=sequences(640),
-        optimizer_cls_and_kwargs=(mechanize(torch.optim.AdamW), {"lr": 1.0}),
-    )
+    model = GPT2LMHeadModel(config)
+    kind = mechanize(torch.optim.AdamW)
+    if options.optimizers:
+        optimizer = kind(model.parameters(), lr=1.0)
+        ours: dict[str, Any] = {"optimizers": (optimizer, CosineAnnealingLR(optimizer, options.steps))}
+    else:
+        ours = {"optimizer_cls_and_kwargs": (kind, {"lr": 1.0})}
+    trainer = TrainerWithRate(model=model, args=arguments, train_dataset=sequences(640), **ours)
     trainer.train(resume_from_checkpoint=options.resume)
     logs = [row for row in trainer.state.log_history if "learning_rate" in row]
     highest = max(row["learning_rate"] for row in logs)

@@ -235,6 +235,7 @@ class _Base:
 
     def __init__(self, outer: _Mechanized) -> None:
         self._outer = outer
+        self.kind = outer._base.__name__
         self._step_supports_amp_scaling = getattr(outer, "_step_supports_amp_scaling", False)
 
     @property

@@ -371,7 +371,7 @@ class Updater:
             rate = group.get("lr")
             if not isinstance(rate, numbers.Real) and not (isinstance(rate, Tensor) and rate.numel() == 1):
                 raise TypeError(
-                    f"Parameter group {i} of {type(self.base_optimizer).__name__} has lr={rate!r}, which cannot be "
+                    f"Parameter group {i} of {self._kinds()['optimizer']} has lr={rate!r}, which cannot be "
                     "scaled; expected a number. If the optimizer picks its own rate, give it an explicit lr."
                 )
             if group.get("maximize"):
@@ -384,7 +384,8 @@ class Updater:
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__
-        return {"optimizer": type(self.base_optimizer).__name__, "lr_scheduler": scheduler}
+        optimizer = getattr(self.base_optimizer, "kind", type(self.base_optimizer).__name__)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _find_unit(self) -> float:
         """internal_lr / (largest initial lr): a scale in the user's units per scale in the tuner's."""

@@ -150,6 +150,18 @@ def test_float32_state_stays_float32_under_bfloat16_parameters() -> None:
         assert torch.equal(entry["delta"], delta)
 
 
+def test_a_loaded_run_writes_to_no_parameter_before_the_base_step() -> None:
+    """Optimizers that differentiate the gradient again need the graph of the backward pass whole."""
+    run = Run("two objects", "adamw", "none", True)
+    run.train(0, 5)
+    other = Run("two objects", "adamw", "none", True, seed=3)
+    other.load_state_dict(copy.deepcopy(run.state_dict()))
+    backward(other.model, 5)
+    versions = [p._version for p in other.model.parameters()]
+    other.parts["mechanic"].step()
+    assert [p._version for p in other.model.parameters()] == versions
+
+
 class Wider(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
         for i, (name, run) in enumerate(runs.items()):
             points = [(step, y) for step, y in zip(run["step"], run.get(key, ()), strict=False) if y is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, color=f"C{i}")
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=max(0.8, 2.8 - 0.5 * i), color=f"C{i}")
         axis.set_xlabel("step")
         axis.set_title(label, fontsize="medium")
         axis.set_yscale("log")
@@ -45,7 +45,9 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
         if starts:  # a run that diverges leaves the picture instead of flattening the others
             axes[0].set_ylim(top=min(axes[0].get_ylim()[1], 10 * min(starts)))
     if len(runs) > 1:
-        axes[0].legend(fontsize="small")
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), fontsize="small"
+        )
     figure.savefig(path, dpi=120)
 
 

@@ -45,9 +45,8 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
         if starts:  # a run that diverges leaves the picture instead of flattening the others
             axes[0].set_ylim(top=min(axes[0].get_ylim()[1], 10 * min(starts)))
     if len(runs) > 1:
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), fontsize="small"
-        )
+        lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=len(runs), fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from torch import nn
 from manic import Mechanic, Updater
 
 TESTS = Path(__file__).parent
-EXAMPLE = TESTS.parent / "src" / "examples" / "distributed" / "main.py"
 TASKS = [("train", 2), ("train", 4), ("resume", 4), ("resume", 1)]
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("FSDP2 is public from torch 2.6 on", allow_module_level=True)
@@ -119,29 +115,3 @@ def test_init_state_changes_nothing() -> None:
     assert float(without[1]) > 0
     assert torch.equal(with_it[0], without[0])
     assert torch.equal(with_it[1], without[1])
-
-
-def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    """torchrun starts the ranks again, from the checkpoint; the end is that of a run that nobody killed."""
-
-    def last_line(folder: Path, kill: bool) -> str:
-        arguments = (EXAMPLE, "--steps", "40", "--save-every", "10", "--checkpoint", folder)
-        environment = {**os.environ, "TQDM_DISABLE": "1"}
-        with torchrun(
-            2, *arguments, options=("--max-restarts", "2"), stderr=subprocess.DEVNULL, env=environment
-        ) as process:
-            lines = []
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line.strip())
-                if kill and line.startswith("saved step 20"):
-                    rank = next(int(first.split()[-1]) for first in lines if first.startswith("rank 1 is process"))
-                    time.sleep(0.2)
-                    os.kill(rank, signal.SIGKILL)
-        assert process.returncode == 0, lines
-        assert any(line.startswith("resumed after step") for line in lines) == kill
-        return lines[-1]
-
-    straight = last_line(tmp_path / "straight", kill=False)
-    assert straight.startswith("validation loss")
-    assert last_line(tmp_path / "killed", kill=True) == straight

@@ -159,7 +159,7 @@ class _Mechanized(Optimizer):
         packed = super().state_dict()
         _, base_state = _divide(packed["state"])
         state_dict = copied({**packed, "state": base_state})
-        for i, tensors in self.updater.displacement.state(list(self.updater._parameters())).items():
+        for i, tensors in self.updater.displacement.state(self.updater._parameters()).items():
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))

@@ -131,7 +131,7 @@ class Updater:
         self._unit = self._find_unit()
         self._unit_is_settled = False
         self._parameter_count = 0
-        device = next(self._parameters()).device
+        device = self._parameters()[0].device
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
         self._finite = torch.ones((), device=device, dtype=torch.bool)
@@ -151,9 +151,9 @@ class Updater:
         scale = float(self.scale)
         return [scale * float(group["lr"]) for group in self.param_groups]
 
-    def _parameters(self) -> Iterator[Tensor]:
+    def _parameters(self) -> list[Tensor]:
         """The parameters of all groups, in their order."""
-        return (parameter for group in self.param_groups for parameter in group["params"])
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
@@ -172,9 +172,10 @@ class Updater:
         self._check_open()
         self._check_groups()
         self._settle_unit()
-        self._to(next(self._parameters()).device)
-        self._parameter_count = sum(1 for _ in self._parameters())
-        if self.displacement.refresh(list(self._parameters()), self._scale) and not self._warned_of_change:
+        parameters = self._parameters()
+        self._to(parameters[0].device)
+        self._parameter_count = len(parameters)
+        if self.displacement.refresh(parameters, self._scale) and not self._warned_of_change:
             self._warned_of_change = True
             warnings.warn(
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
@@ -217,7 +218,7 @@ class Updater:
                 "updater.step() was called without a mechanic.step() before it. "
                 "Call mechanic.step(), then updater.step(), once each after every backward pass."
             )
-        if self._parameter_count != sum(1 for _ in self._parameters()):
+        if self._parameter_count != len(self._parameters()):
             raise RuntimeError(
                 "Parameters were added between mechanic.step() and updater.step(). Call mechanic.step() again."
             )
@@ -269,7 +270,7 @@ class Updater:
                 parameter.grad = gradient
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
-        self.displacement.refresh(list(self._parameters()), self._scale)
+        self.displacement.refresh(self._parameters(), self._scale)
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -279,7 +280,7 @@ class Updater:
         without this. Call it after those that do not, such as writes through ``parameter.data``.
         """
         self._check_open()
-        self.displacement.refresh(list(self._parameters()), self._scale, changed=True)
+        self.displacement.refresh(self._parameters(), self._scale, changed=True)
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
@@ -315,7 +316,7 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
-            "displacement": self.displacement.state(list(self._parameters())),
+            "displacement": self.displacement.state(self._parameters()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -350,14 +351,14 @@ class Updater:
     def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Raise ValueError unless `_load_tuning` can take ``displacement``."""
         names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
-        self.displacement.check_state(displacement, list(self._parameters()), names)
+        self.displacement.check_state(displacement, self._parameters(), names)
 
     def _load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Take up a saved scale (in the tuner's units), `unit` and displacement."""
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False
-        self.displacement.load_state(displacement, list(self._parameters()))
+        self.displacement.load_state(displacement, self._parameters())
 
     def _check_open(self) -> None:
         if self._handed_off:
@@ -379,7 +380,7 @@ class Updater:
                     f"Parameter group {i} has maximize=True, which turns the sign of the update against the gradient; "
                     "expected False. Minimize the negative of the objective instead."
                 )
-        if next(self._parameters(), None) is None:
+        if not self._parameters():
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
     def _kinds(self) -> dict[str, str | None]:

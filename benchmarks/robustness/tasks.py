@@ -56,7 +56,9 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().mean()
 
 
-def fine_tuned(make: Callable[[], nn.Module], source: Data, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+def fine_tuned(
+    make: Callable[[], nn.Module], source: Data, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], nn.Module]:
     """A maker of models whose weights come from 300 steps of Adam on other data; the head starts afresh."""
 
     @functools.cache
@@ -221,7 +223,9 @@ def windows(text: bytes, time: int) -> Data:
 
 def diabetes() -> Task:
     inputs, targets = datasets.load_diabetes(return_X_y=True)
-    train, valid = split(standardized(torch.tensor(inputs)).float(), standardized(torch.tensor(targets)).float()[:, None])
+    train, valid = split(
+        standardized(torch.tensor(inputs)).float(), standardized(torch.tensor(targets)).float()[:, None]
+    )
     make = lambda: nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))  # noqa: E731
     return Task("diabetes", make, squared_error, train, valid, batch=32)
 
@@ -256,7 +260,14 @@ def autoencoder() -> Task:
 
 def lines() -> Task:
     """Which module does a line of code come from? A bag of hashed words."""
-    names = ("argparse", "decimal" if not module_text("_pydecimal") else "_pydecimal", "typing", "turtle", "tarfile", "doctest")
+    names = (
+        "argparse",
+        "decimal" if not module_text("_pydecimal") else "_pydecimal",
+        "typing",
+        "turtle",
+        "tarfile",
+        "doctest",
+    )
     rows, labels = [], []
     for label, name in enumerate(names):
         for line in module_text(name).decode(errors="replace").splitlines():
@@ -311,7 +322,10 @@ def residual() -> Task:
 
 
 def recurrent() -> Task:
-    train, valid = windows(module_text("tarfile", "pathlib", "zipfile" if False else "decimal", "optparse"), 24), windows(module_text("mailbox"), 24)
+    train, valid = (
+        windows(module_text("tarfile", "pathlib", "zipfile" if False else "decimal", "optparse"), 24),
+        windows(module_text("mailbox"), 24),
+    )
     return Task("recurrent", Recurrent, tokens_loss, train, tuple(part[:256] for part in valid), batch=8)
 
 
@@ -342,7 +356,9 @@ def new_text() -> Task:
     source = windows(module_text("_pydecimal"), 32)
     train, valid = windows(module_text("turtle"), 32), windows(module_text("tkinter/__init__"), 32)
     make = functools.partial(Transformer, layers=1)
-    return Task("new text", fine_tuned(make, source, tokens_loss), tokens_loss, train, tuple(p[:256] for p in valid), batch=8)
+    return Task(
+        "new text", fine_tuned(make, source, tokens_loss), tokens_loss, train, tuple(p[:256] for p in valid), batch=8
+    )
 
 
 CHOOSING = (diabetes, convolution, transformer, autoencoder, lines, new_digits)

@@ -302,6 +302,23 @@ class Displacement:
                 x.copy_(torch.where(finite.to(x.device), x, start))
             bucket.put(x)
 
+    def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
+        assert self._reduction is not None
+        total = like.new_zeros(3)
+        for bucket in self._buckets:
+            moved = bucket.values() - bucket.reference
+            norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (bucket.reference, moved)]
+            total.add_(torch.stack([*norms, norms[0].new_tensor(moved.numel())]).to(like), alpha=bucket.share)
+        return self._reduction(total).unbind()  # type: ignore
+
+    def recentre(self) -> None:
+        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0."""
+        for bucket in self._buckets:
+            bucket.reference.copy_(bucket.values())
+            if bucket.delta is not None:
+                bucket.delta.zero_()
+
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
         return {

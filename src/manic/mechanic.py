@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Mechanic:
         *,
         rule: str = "manic",
         betas: Sequence[float] = BETAS,
-        s_decay: float = 1e-2,
+        s_decay: float | None = None,
         s_init: float | None = None,
         eps: float = 1e-8,
         max_scale: float | None = None,
@@ -88,6 +89,7 @@ class Mechanic:
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._begun = self._config.s_init is not None
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
@@ -134,6 +136,8 @@ class Mechanic:
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
+        if not self._begun:
+            self._begun = bool(self._state.start[0] > 0)
         h = tuner.inner_product(sums, scale, config)
         finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
         if self.updater.nonfinite == "raise" and not finite:
@@ -145,8 +149,14 @@ class Mechanic:
         for tensor, new, old in zip(self._state, after, self._previous, strict=True):
             tensor.copy_(torch.where(finite, new, old))
         self._skipped += ~finite
-        self.updater._propose(self._state.scales.sum(), finite)
+        begin = None if self._begun else partial(self._begin, config)
+        self.updater._propose(self._state.scales.sum(), finite, begin, tuner.recentres(self._steps, config))
         self._log(h)
+
+    def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
+        """The scale of the first move, see `tuner.begin`; `Updater.step` calls this."""
+        self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
+        return self._state.scales.sum()
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -188,6 +198,7 @@ class Mechanic:
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._begun = self._config.s_init is not None
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""

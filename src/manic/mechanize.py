@@ -28,7 +28,7 @@ def mechanize(
     *,
     rule: str = "manic",
     betas: Sequence[float] = BETAS,
-    s_decay: float = 1e-2,
+    s_decay: float | None = None,
     s_init: float | None = None,
     eps: float = 1e-8,
     max_scale: float | None = None,

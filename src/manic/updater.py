@@ -123,7 +123,9 @@ class Updater:
         self.nonfinite = nonfinite
         self.displacement = Displacement(store_delta=store_delta, process_group=process_group)
         self._claimed = False  # by a Mechanic
-        self._pending = False  # a scale was proposed and waits for `step`
+        self._pending = False  # a scale was proposed and waits for `step`, with what else `_propose` was told
+        self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._recentre = False
         self._handed_off = False
         self._warned_of_change = False
         self._check_groups()
@@ -184,15 +186,24 @@ class Updater:
             )
         return self.displacement.sums(self._scale), self._scale
 
-    def _propose(self, scale: Tensor, finite: Tensor) -> None:
+    def _propose(
+        self,
+        scale: Tensor,
+        finite: Tensor,
+        begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        recentre: bool = False,
+    ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
         Args:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
+            begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements, see `tuner.begin`.
+            recentre: have `step` move x_ref to the parameters at its end.
         """
         self._next_scale.copy_(scale)
         self._finite.copy_(finite)
+        self._begin, self._recentre = begin, recentre
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
@@ -235,8 +246,12 @@ class Updater:
                 loss = self._stepped.step() if closure is None else self._stepped.step(closure)
             with torch.no_grad():
                 finite = self._finite if on_device else None
+                if self._begin is not None:
+                    self._next_scale.copy_(self._begin(*self._first_sizes()))
                 self.displacement.move(before, self._scale, self._next_scale, finite)
                 self._scale.copy_(self._next_scale)
+                if self._recentre:
+                    self.displacement.recentre()
         except BaseException:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
@@ -359,6 +374,14 @@ class Updater:
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
+
+    def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
+        factors = [
+            float(group["lr"]) / float(group["initial_lr"]) for group in self.param_groups if group.get("initial_lr")
+        ]
+        param_square, update_square, count = self.displacement.first_sizes(self._scale)
+        return param_square.sqrt(), update_square.sqrt() / (max(factors, default=1.0) or 1.0), count
 
     def _check_open(self) -> None:
         if self._handed_off:

@@ -89,7 +89,6 @@ class Mechanic:
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        self._begun = self._config.s_init is not None
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
@@ -136,8 +135,6 @@ class Mechanic:
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
-        if not self._begun:
-            self._begun = bool(self._state.start[0] > 0)
         h = tuner.inner_product(sums, scale, config)
         finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
         if self.updater.nonfinite == "raise" and not finite:
@@ -149,12 +146,13 @@ class Mechanic:
         for tensor, new, old in zip(self._state, after, self._previous, strict=True):
             tensor.copy_(torch.where(finite, new, old))
         self._skipped += ~finite
-        begin = None if self._begun else partial(self._begin, config)
-        self.updater._propose(self._state.scales.sum(), finite, begin, tuner.recentres(self._steps, config))
+        recentre = tuner.recentres(self.updater._steps + 1, config)
+        begin = partial(self._begin, config) if recentre and config.s_init is None else None
+        self.updater._propose(self._state.scales.sum(), finite, begin, recentre)
         self._log(h)
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
-        """The scale of the first move, see `tuner.begin`; `Updater.step` calls this."""
+        """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
         return self._state.scales.sum()
 
@@ -198,7 +196,6 @@ class Mechanic:
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        self._begun = self._config.s_init is not None
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""

@@ -195,7 +195,8 @@ class _Mechanized(Optimizer):
         super().load_state_dict(base)
         keep_dtypes(self, base, displacement)
         self.mechanic.load_state_dict(mechanic)
-        self.updater._load_tuning(tuner.scales.sum(), unit, displacement)
+        steps = mechanic["steps"] - int(mechanic["skipped"])
+        self.updater._load_tuning(tuner.scales.sum(), unit, steps, displacement)
         self._mirrored = 0
         self._mark_groups()
 

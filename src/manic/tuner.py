@@ -161,25 +161,26 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
-    """Find s_init, equation (8), from the first update that is not zero.
+    """Find s_init, equation (8), if it is not known yet and there is an update to find it from.
 
     Args:
-        state: of `init`.
-        param_norm: ‖x_1‖, of shape (...).
-        update_norm: ‖u_1 / f_1‖, of the same shape; where it is 0, the state stays as it is.
+        state: before, or when s_init is not known just after, `update`.
+        param_norm: ‖x_t‖, of shape (...).
+        update_norm: ‖u_t / f_t‖, of the same shape.
         count: N, the number of elements of x.
         config: gives the cap.
 
     Example:
         >>> config = TunerConfig()
         >>> norms = torch.tensor(5.0), torch.tensor(2.0), torch.tensor(25)
-        >>> float(begin(init(config), *norms, config).start.sum())  # ρ · 5 / 2
+        >>> round(float(begin(init(config), *norms, config).start.sum()), 6)  # ρ · 5 / 2
         0.0025
     """
-    size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt()).to(state.start)
-    s_init = (SHARE * size / update_norm.to(size)).unsqueeze(-1).expand_as(state.start)
-    start = torch.where(s_init.isfinite(), s_init / len(config.betas), state.start)
-    return state._replace(scales=_capped(FIRST_STAKE * start, config), start=start)
+    size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
+    s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
+    fresh = (state.start == 0) & s_init.isfinite()
+    start = torch.where(fresh, s_init / len(config.betas), state.start)
+    return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
 
 
 def recentres(step: Any, config: TunerConfig) -> Any:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from manic.displacement import Displacement
 from manic.tuner import Sums
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
@@ -133,6 +133,7 @@ class Updater:
         self._unit = self._find_unit()
         self._unit_is_settled = False
         self._parameter_count = 0
+        self._steps = 0  # taken, as far as the host knows
         device = self._parameters()[0].device
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
@@ -252,6 +253,7 @@ class Updater:
                 self._scale.copy_(self._next_scale)
                 if self._recentre:
                     self.displacement.recentre()
+                self._steps += 1
         except BaseException:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
@@ -331,6 +333,7 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
+            "steps": self._steps,
             "displacement": self.displacement.state(self._parameters()),
         }
 
@@ -342,7 +345,7 @@ class Updater:
         """
         self._check_open()
         check_version(
-            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "displacement")
+            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "steps", "displacement")
         )
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
@@ -361,15 +364,16 @@ class Updater:
         keep_dtypes(self.base_optimizer, state_dict["base_optimizer"], state_dict["displacement"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
-        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
+        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["steps"], state_dict["displacement"])
 
     def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Raise ValueError unless `_load_tuning` can take ``displacement``."""
         names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
         self.displacement.check_state(displacement, self._parameters(), names)
 
-    def _load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
-        """Take up a saved scale (in the tuner's units), `unit` and displacement."""
+    def _load_tuning(self, scale: Tensor, unit: float, steps: int, displacement: dict[int, dict[str, Tensor]]) -> None:
+        """Take up a saved scale (in the tuner's units), `unit`, number of steps taken, and displacement."""
+        self._steps = steps
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False

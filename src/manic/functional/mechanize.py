@@ -20,7 +20,7 @@ class MechanizeState(NamedTuple):
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
     parameters; ``tuner`` has five tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps`` counts
-    the calls of the step.
+    the steps that were not skipped.
     """
 
     base: Any
@@ -50,7 +50,7 @@ def mechanize(
 
     The new stepper is pure if the given one is, and equals `Mechanic` and `Updater` with ``store_delta=True,
     internal_lr=None``: parameters changed between two steps keep the change, and a step whose gradient or h is not
-    finite changes nothing but the count of steps. It steps at the lr of the config, of which the scale is in units;
+    finite changes nothing. It steps at the lr of the config, of which the scale is in units;
     start from lr=1, whatever the model. A schedule multiplies the lr as ever.
 
     Args:
@@ -108,7 +108,7 @@ def mechanize(
         h = tuner.inner_product(sums, scale, constants)
         tuned = tuner.update(state.tuner, h, state.betas, constants)
         if constants.s_init is None:
-            tuned = _begun(tuned, params, tentative, config.lr / lr, constants)
+            tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)
         steps = state.steps + 1
         recentred = torch.as_tensor(tuner.recentres(steps, constants))
@@ -122,14 +122,13 @@ def mechanize(
 
         moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
         after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps)
-        finite = h.isfinite() & sums.grad_square.isfinite()
-        return tree_where(finite, after, (params, state._replace(steps=steps)))
+        return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
 
     return Mechanized(init, mechanized_step)
 
 
 def _begun(state: TunerState, before: Tree, after: Tree, factor: float | Tensor, config: TunerConfig) -> TunerState:
-    """`tuner.begin`, if there was no update yet."""
+    """`tuner.begin`, from the parameters before and after a base step."""
     wide = state.start.dtype
 
     def squares(x: Tensor, moved: Tensor) -> Tensor:
@@ -139,8 +138,7 @@ def _begun(state: TunerState, before: Tree, after: Tree, factor: float | Tensor,
     leaves = tree_leaves(tree_map(squares, before, after))
     param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
     count = state.start.new_tensor(sum(leaf.numel() for leaf in tree_leaves(before)))
-    begun = tuner.begin(state, param_norm, update_norm / factor, count, config)
-    return TunerState(*(torch.where(state.start > 0, old, new) for old, new in zip(state, begun, strict=True)))
+    return tuner.begin(state, param_norm, update_norm / factor, count, config)
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:

@@ -64,6 +64,7 @@ def move(
         scratch = torch.empty_like(x, dtype=wide) if scratch is None else scratch
         work, reference = scratch[: x.numel()], fetch(reference, x)
         if kept is None:
+            assert before is not None
             before = fetch(before, x)
             delta = (before.to(wide) - reference).div_(old + eps)
             work.copy_(before)

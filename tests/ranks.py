@@ -29,7 +29,7 @@ from manic import Mechanic, Updater, mechanize
 STEPS, SAVE_AT = 50, 25
 FORMS = ["two objects", "drop-in"]
 WAYS = {  # number of ranks: ways to spread the model
-    2: ["ddp", "fsdp2", "tensor parallel", "zero", "fsdp1"],
+    2: ["ddp", "fsdp2", "fsdp2 offloaded", "tensor parallel", "zero", "fsdp1"],
     4: ["fsdp2", "hybrid", "fsdp2 and tensor parallel"],
 }
 
@@ -65,7 +65,7 @@ def spread(model: nn.Module, way: str) -> tuple[nn.Module, Any, bool]:
     if way == "hybrid":
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
         return fully_shard(model, mesh=mesh), None, True
-    if way == "fsdp2":
+    if way in ("fsdp2", "fsdp2 offloaded"):
         fully_shard(model.hidden)  # type: ignore[arg-type]
         return fully_shard(model), None, True
     if way == "fsdp1":
@@ -84,8 +84,9 @@ class Run:
         self.model, group, self.split = spread(Model(), way) if way != "alone" else (Model(), None, False)
         self.form = form
         options: dict[str, Any] = {"s_init": 1e-3}
+        shared: dict[str, Any] = {"process_group": group, "cpu_offload": way == "fsdp2 offloaded"}
         if form == "drop-in":
-            make = mechanize(torch.optim.AdamW, process_group=group, **options)
+            make = mechanize(torch.optim.AdamW, **shared, **options)
             self.optimizer = make(self.model.parameters(), lr=1e-3)
             self.updater, self.mechanic = self.optimizer.updater, self.optimizer.mechanic
             return
@@ -95,7 +96,7 @@ class Run:
             base: Any = ZeroRedundancyOptimizer(self.model.parameters(), optimizer_class=torch.optim.AdamW, lr=1e-3)
         else:
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.updater = Updater(base, process_group=group)
+        self.updater = Updater(base, **shared)
         self.mechanic = Mechanic(self.updater, **options)
 
     def train(self, steps: range) -> None:
@@ -152,6 +153,29 @@ class Counter:
         return self._all_reduce(tensor, *args, **kwargs)
 
 
+def resumed_zero(run: Run, folder: Path) -> dict[str, Any]:
+    """A run that goes on from what rank 0 saved."""
+    try:
+        run.updater.state_dict()
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    base: Any = run.updater.base_optimizer
+    base.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        parts = {"model": run.model, "updater": run.updater, "mechanic": run.mechanic}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "zero.pt")
+    dist.barrier()
+    state = torch.load(folder / "zero.pt", weights_only=True)
+    for _ in range(2):  # loading leaves the state dict as it was
+        run = Run("two objects", "zero")
+        run.model.load_state_dict(state["model"])
+        run.updater.load_state_dict(state["updater"])
+        run.mechanic.load_state_dict(state["mechanic"])
+    run.train(range(SAVE_AT, STEPS))
+    return {"parameters": run.whole(), "scale": run.mechanic.scale, "error": error}
+
+
 def shards_by_hand(form: str) -> dict[str, Any]:
     """Plain parameters of which every rank has its own; some ranks have no gradient at some steps."""
     rank = dist.get_rank()
@@ -197,6 +221,8 @@ def main(folder: Path, task: str) -> None:
                 dcp.save(run.state(), checkpoint_id=folder / f"checkpoint {form}")
                 if form == "two objects":
                     dcp.async_save(run.state(), checkpoint_id=folder / "checkpoint async").result()
+            if way == "zero":
+                results[form, "zero resumed"] = resumed_zero(run, folder)
             dist.all_reduce = counter
             run.train(range(SAVE_AT, STEPS))
             dist.all_reduce = counter._all_reduce

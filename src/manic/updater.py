@@ -311,12 +311,25 @@ class Updater:
         """The state after the last complete step, the base optimizer's and the schedule's included.
 
         Plain containers and tensors of its own; ``torch.load(weights_only=True)`` reads it.
+
+        Raises:
+            RuntimeError: the base is a ``ZeroRedundancyOptimizer`` whose state is still spread over the ranks.
         """
         self._check_open()
+        try:
+            base_optimizer = copied(self.base_optimizer.state_dict())
+        except RuntimeError as error:
+            if not hasattr(self.base_optimizer, "consolidate_state_dict"):
+                raise
+            raise RuntimeError(
+                f"The state of the {type(self.base_optimizer).__name__} is spread over the ranks. Call "
+                "updater.base_optimizer.consolidate_state_dict(to=0) on every rank before each save, and "
+                "updater.state_dict() on rank 0 only."
+            ) from error
         return {
             "version": STATE_VERSION,
             "kinds": self._kinds(),
-            "base_optimizer": copied(self.base_optimizer.state_dict()),
+            "base_optimizer": base_optimizer,
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
@@ -346,8 +359,10 @@ class Updater:
             raise ValueError(
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
-        self.base_optimizer.load_state_dict(state_dict["base_optimizer"])
-        keep_dtypes(self.base_optimizer, state_dict["base_optimizer"], state_dict["displacement"])
+        base_optimizer = state_dict["base_optimizer"]
+        # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
+        self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
+        keep_dtypes(self.base_optimizer, base_optimizer, state_dict["displacement"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
         self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
@@ -487,12 +502,12 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[
     saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, (key, parameter) in enumerate(zip(saved_keys, parameters, strict=True)):
-        loaded = optimizer.state.get(parameter, {})
+        loaded = optimizer.state.get(parameter) or {}
         for name, value in saved["state"].get(key, {}).items():
             special = (
                 isinstance(value, Tensor) and i in displacement and value.dtype != displacement[i]["reference"].dtype
             )
-            if special and name != "step":
+            if special and name != "step" and name in loaded:
                 loaded[name] = value.to(loaded[name].device, copy=True)
 
 

@@ -56,9 +56,9 @@ def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.P
     return made
 
 
-def manic(params: list[nn.Parameter], **options: bool) -> Step:
+def manic(params: list[nn.Parameter], **options: Any) -> Step:
     """``mechanic.step(); updater.step()`` around fused AdamW, with options of `Updater`."""
-    updater = Updater(AdamW(params, lr=1.0, fused=True), None, **options)
+    updater = Updater(AdamW(params, lr=1.0, fused=True), **options)
     mechanic = Mechanic(updater)
 
     def step() -> None:

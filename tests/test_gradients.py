@@ -77,11 +77,15 @@ def test_accumulated_parts_of_a_batch_are_the_batch(form: str, limit: float | No
 @pytest.mark.parametrize(
     ("device", "fused"), [("cpu", False), pytest.param("cuda", False, marks=gpu), pytest.param("cuda", True, marks=gpu)]
 )
-def test_an_infinite_gradient_skips_the_whole_step(form: str, device: str, fused: bool) -> None:
-    """Under autocast: base optimizer, displacement and tuner are as before, but for the count of skipped steps."""
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_infinite_gradient_skips_the_whole_step(form: str, device: str, fused: bool, scaled: bool) -> None:
+    """Under autocast: base optimizer, displacement and tuner are as before, but for the counts of steps.
+
+    Without a loss scale a fused base skips on the device, and any other on the host.
+    """
     model = make_net(dtype=torch.float32).to(device)
     tuned = Tuned(form, model, fused=fused)
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=scaled)
     parts = {"target": tuned.target, **({"mechanic": tuned.mechanic} if form == "two objects" else {})}
 
     def step(i: int, *, bad: bool = False) -> None:
@@ -105,7 +109,7 @@ def test_an_infinite_gradient_skips_the_whole_step(form: str, device: str, fused
     assert float(tuned.mechanic.scale) > 0
     loss_scale = scaler.get_scale()
     step(30, bad=True)
-    assert scaler.get_scale() == loss_scale / 2
+    assert scaler.get_scale() == (loss_scale / 2 if scaled else loss_scale)
     assert torch.equal(flat(model), before)
     for name, part in parts.items():
         assert_same_bits(without_count(part.state_dict()), without_count(states[name]))

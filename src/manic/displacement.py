@@ -395,7 +395,7 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     whole = torch.cat(parts)
-    return whole.pin_memory() if parts[0].is_pinned() else whole
+    return whole.pin_memory() if any(part.is_pinned() for part in parts) else whole
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from manic import Mechanic, Updater, mechanize
 STEPS, SAVE_AT = 50, 25
 FORMS = ["two objects", "drop-in"]
 WAYS = {  # number of ranks: ways to spread the model
-    2: ["ddp", "fsdp2", "fsdp2 offloaded", "tensor parallel", "zero", "fsdp1"],
+    2: [
+        *("ddp", "fsdp2", "tensor parallel", "zero", "fsdp1"),
+        *("fsdp2 offloaded", "ddp in two parts", "fsdp2 in two parts"),
+    ],
     4: ["fsdp2", "hybrid", "fsdp2 and tensor parallel"],
 }
 
@@ -65,7 +70,7 @@ def spread(model: nn.Module, way: str) -> tuple[nn.Module, Any, bool]:
     if way == "hybrid":
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
         return fully_shard(model, mesh=mesh), None, True
-    if way in ("fsdp2", "fsdp2 offloaded"):
+    if way in ("fsdp2", "fsdp2 offloaded", "fsdp2 in two parts"):
         fully_shard(model.hidden)  # type: ignore[arg-type]
         return fully_shard(model), None, True
     if way == "fsdp1":
@@ -82,7 +87,7 @@ class Run:
 
     def __init__(self, form: str, way: str) -> None:
         self.model, group, self.split = spread(Model(), way) if way != "alone" else (Model(), None, False)
-        self.form = form
+        self.form, self.parts = form, 2 if way.endswith("in two parts") else 1
         options: dict[str, Any] = {"s_init": 1e-3}
         shared: dict[str, Any] = {"process_group": group, "cpu_offload": way == "fsdp2 offloaded"}
         if form == "drop-in":
@@ -107,12 +112,25 @@ class Run:
                 mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
                 x, y = x[mine], y[mine]
             self.updater.zero_grad() if self.form == "two objects" else self.optimizer.zero_grad()
-            (self.model(x) - y).square().mean().backward()
+            for part in range(self.parts):
+                rows = slice(part * len(x) // self.parts, (part + 1) * len(x) // self.parts)
+                with self.exchange(part == self.parts - 1):
+                    ((self.model(x[rows]) - y[rows]).square().mean() / self.parts).backward()
             if self.form == "two objects":
                 self.mechanic.step()
                 self.updater.step()
             else:
                 self.optimizer.step()
+
+    @contextmanager
+    def exchange(self, now: bool) -> Iterator[None]:
+        """Whether a backward pass exchanges gradients with the other ranks."""
+        model: Any = self.model
+        sharded = hasattr(model, "set_requires_gradient_sync")
+        if sharded:
+            model.set_requires_gradient_sync(now)
+        with nullcontext() if now or sharded else model.no_sync():
+            yield
 
     def whole(self) -> dict[str, torch.Tensor]:
         """All parameters whole, by name."""

@@ -238,7 +238,7 @@ def test_on_a_gpu(form: str, store_delta: bool, fused: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_a_gpu_carries_no_extra_copy(store_delta: bool) -> None:
-    weight = nn.Parameter(torch.randn(1 << 26, device="cuda"))
+    weight = nn.Parameter(torch.randn(1 << 27, device="cuda"))
     weight.grad = weight.detach().clone()
     base = torch.optim.SGD([weight], lr=1.0, foreach=False)
     updater = Updater(base, store_delta=store_delta, cpu_offload=True)

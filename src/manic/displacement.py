@@ -175,21 +175,18 @@ class Bucket:
         on_host = self.reference.device != self._flat[0].device
         self.kernels = plain if on_host else choose(self.reference, total)
 
-    def values(self, *, copy: bool = False) -> Tensor:
+    def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
         flat = [part if view else slot.x() for part, view, slot in parts]
-        if len(flat) > 1:
-            return torch.cat(flat)
-        return flat[0].clone() if copy else flat[0]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def backup(self) -> Tensor:
         """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
-        if not self._slots[0].offload:
-            return self.values(copy=True)
-        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(
-            self.values(), non_blocking=True
-        )
+        x = self.values()
+        if x is not self._flat[0] and x.device == self.reference.device:
+            return x  # gathered, and so a copy already
+        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
 
     def gradients(self) -> Tensor | None:
         """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""

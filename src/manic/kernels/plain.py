@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 1 << 18  # elements; on a core with 1 MiB of cache of its own, 2**16 … 2**20 are within 10 % of each other
 LAUNCH = 1 << 26  # elsewhere, where a launch costs more than a cache miss
-TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, at which a bus is at its full rate
+TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long beside the start of a copy
 
 
 def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:

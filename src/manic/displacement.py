@@ -1,7 +1,8 @@
 """The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + scale · Δ.
 
 This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
-temporary of that size.
+temporary of that size. Offloaded, x_ref and Δ are in host memory and cross the bus block by block, in order with the
+device's work and without the host waiting for it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
-from manic.kernels import choose
+from manic.kernels import choose, plain
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
@@ -26,21 +27,24 @@ class Slot:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
+        offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
     """
 
-    def __init__(self, parameter: Tensor, *, store_delta: bool) -> None:
+    def __init__(self, parameter: Tensor, *, store_delta: bool, offload: bool) -> None:
         self.parameter = parameter
+        self.offload = offload
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self.x().clone()
-        self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
+        self.reference = self._empty(real.numel(), real.dtype).copy_(self.x())
+        self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
         self.address = 0
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
+        self.settle()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
@@ -62,7 +66,7 @@ class Slot:
         Returns:
             Whether Δ had to be given up.
         """
-        x = self.x()
+        x = self.x().cpu() if self.offload else self.x()
         lost = self.delta is None and self._version is not None
         self.reference = self.reference.to(x)
         if self.delta is not None:
@@ -100,6 +104,11 @@ class Slot:
             )
         return None if gradient is None else self._flat(gradient)
 
+    def settle(self) -> None:
+        """Wait until what the device has still to write to host memory is there."""
+        if self.offload:
+            local(self.parameter).new_zeros(()).item()
+
     def write(self, x: Tensor) -> None:
         """Set the parameter from a 1-d tensor."""
         local(self.parameter).copy_(self._shaped(x))
@@ -115,6 +124,11 @@ class Slot:
         if self.delta is not None:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
         self._version = None
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        device = local(self.parameter).device
+        pin = self.offload and device.type == "cuda"
+        return torch.empty(numel, dtype=dtype, device="cpu" if self.offload else device, pin_memory=pin)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         return _real(tensor).permute(self._order).reshape(-1)
@@ -151,21 +165,28 @@ class Bucket:
         self.share = share
         self.reference, self.delta = slots[0].reference, slots[0].delta
         if len(slots) > 1:
-            self.reference = torch.cat([slot.reference for slot in slots])
+            slots[0].settle()
+            self.reference = _joined([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
-            self.delta = torch.cat(deltas) if deltas else None
+            self.delta = _joined(deltas) if deltas else None
             for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
-        self.kernels = choose(self.reference, total)
+        on_host = self.reference.device != self._flat[0].device
+        self.kernels = plain if on_host else choose(self.reference, total)
 
-    def values(self, *, copy: bool = False) -> Tensor:
+    def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
         flat = [part if view else slot.x() for part, view, slot in parts]
-        if len(flat) > 1:
-            return torch.cat(flat)
-        return flat[0].clone() if copy else flat[0]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def backup(self) -> Tensor:
+        """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
+        x = self.values()
+        if x is not self._flat[0] and x.device == self.reference.device:
+            return x  # gathered, and so a copy already
+        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
 
     def gradients(self) -> Tensor | None:
         """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
@@ -193,6 +214,7 @@ class Displacement:
 
     Args:
         store_delta: keep Δ (two copies of the model in all), or recompute it as (x - x_ref)/(scale + eps) (one).
+        offload: keep them in host memory.
         process_group: see `Reduction`.
 
     Attributes:
@@ -201,8 +223,9 @@ class Displacement:
         eps: ε of the recomputed Δ.
     """
 
-    def __init__(self, *, store_delta: bool, process_group: Any = None) -> None:
+    def __init__(self, *, store_delta: bool, offload: bool = False, process_group: Any = None) -> None:
         self.store_delta = store_delta
+        self.offload = offload
         self.process_group = process_group
         self.eps = 1e-8
         self.slots: dict[Tensor, Slot] = {}
@@ -237,7 +260,7 @@ class Displacement:
                     slot.leave()
                 continue
             if slot is None:
-                slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
+                slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
             elif changed or slot.is_changed():
                 lost |= slot.keep_change(scale)
@@ -269,7 +292,7 @@ class Displacement:
 
     def begin(self) -> list[Tensor] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
-        return None if self.store_delta else [bucket.values(copy=True) for bucket in self._buckets]
+        return None if self.store_delta else [bucket.backup() for bucket in self._buckets]
 
     def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
         """Undo what a base step that failed did to the parameters.
@@ -299,7 +322,9 @@ class Displacement:
             start = None if before is None else before[i]
             bucket.kernels.move(x, bucket.reference, bucket.delta, start, old, new, self.eps)
             if start is not None and finite is not None:
-                x.copy_(torch.where(finite.to(x.device), x, start))
+                finite = finite.to(x.device)
+                for now, then in plain.blocks(x, start):
+                    now.copy_(torch.where(finite, now, plain.fetch(then, now)))
             bucket.put(x)
 
     def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,6 +346,8 @@ class Displacement:
 
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
+        for slot in self.slots.values():
+            slot.settle()
         return {
             i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)
@@ -353,8 +380,11 @@ class Displacement:
         self.slots = {}
         self._buckets, self._key = [], []
         for i, tensors in state.items():
-            slot = self.slots[parameters[i]] = Slot(parameters[i], store_delta=self.store_delta)
+            slot = self.slots[parameters[i]] = self._slot(parameters[i])
             slot.load(tensors)
+
+    def _slot(self, parameter: Tensor) -> Slot:
+        return Slot(parameter, store_delta=self.store_delta, offload=self.offload)
 
 
 def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
@@ -363,18 +393,23 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
     done: list[tuple[list[Slot], float]] = []
     growing: dict[tuple[torch.device, torch.dtype, float], list[Slot]] = {}
     for slot in active:
-        reference, share = slot.reference, reduction.share(slot.parameter)
-        total[reference.device] = total.get(reference.device, 0) + reference.numel()
+        reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
+        total[device] = total.get(device, 0) + reference.numel()
         if reference.numel() >= PACK:
             done.append(([slot], share))
             continue
-        kind = (reference.device, reference.dtype, share)
+        kind = (device, reference.dtype, share)
         pack = growing.setdefault(kind, [])
         pack.append(slot)
         if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
             done.append((growing.pop(kind), share))
     done += [(pack, share) for (_, _, share), pack in growing.items()]
-    return [Bucket(slots, share, total[slots[0].reference.device]) for slots, share in done]
+    return [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    whole = torch.cat(parts)
+    return whole.pin_memory() if any(part.is_pinned() for part in parts) else whole
 
 
 def _real(tensor: Tensor) -> Tensor:

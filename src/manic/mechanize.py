@@ -33,6 +33,7 @@ def mechanize(
     eps: float = 1e-8,
     max_scale: float | None = None,
     store_delta: bool = True,
+    cpu_offload: bool = False,
     internal_lr: float | None = 1.0,
     nonfinite: str = "skip",
     process_group: Any = None,
@@ -48,7 +49,7 @@ def mechanize(
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
         rule, betas, s_decay, s_init, eps, max_scale, log_func, log_every: see `Mechanic`.
-        store_delta, internal_lr, nonfinite, process_group: see `Updater`.
+        store_delta, cpu_offload, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
         A subclass of ``base``, called with the arguments of ``base``.
@@ -74,6 +75,7 @@ def mechanize(
     check_kind(base)
     updater = {
         "store_delta": store_delta,
+        "cpu_offload": cpu_offload,
         "internal_lr": internal_lr,
         "nonfinite": nonfinite,
         "process_group": process_group,

@@ -332,9 +332,10 @@ class Displacement:
         assert self._reduction is not None
         total = like.new_zeros(3)
         for bucket in self._buckets:
-            moved = bucket.values() - bucket.reference
-            norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (bucket.reference, moved)]
-            total.add_(torch.stack([*norms, norms[0].new_tensor(moved.numel())]).to(like), alpha=bucket.share)
+            x = bucket.values()
+            before = bucket.reference.to(x.device)
+            norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
+            total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
         return self._reduction(total).unbind()  # type: ignore
 
     def recentre(self) -> None:

@@ -184,8 +184,7 @@ class _Mechanized(Optimizer):
                 f"{self._base.__name__}. To go on from a plain one, load it before mechanizing, and start tuning anew."
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
-        tuner, unit = TunerState(*mechanic["tuner"]), mechanic["unit"]
-        mechanic["tuner"] = tuner._asdict()
+        mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
         self.mechanic.check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         places = {key: i for i, key in enumerate(keys)}
@@ -198,7 +197,8 @@ class _Mechanized(Optimizer):
         keep_dtypes(self, base, displacement)
         self.mechanic.load_state_dict(mechanic)
         steps = mechanic["steps"] - int(mechanic["skipped"])
-        self.updater._load_tuning(tuner.scales.sum(), unit, steps, displacement)
+        scale = mechanic["tuner"]["scales"].sum()
+        self.updater._load_tuning(scale, mechanic["unit"], steps, displacement)
         self._mirrored = 0
         self._mark_groups()
 

@@ -6,11 +6,14 @@ import csv
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from problems import relative_difference
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -30,20 +33,22 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def digits(epochs: int, *, accumulate: int = 1, clip: float = 1.0) -> tuple[dict[str, Tensor], list[float]]:
+def digits(
+    epochs: int, *, accumulate: int = 1, clip: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], list[float]]:
     """The same training without a framework: the weights, and the effective rate after every step."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     updater = Updater(optimizer, CosineAnnealingLR(optimizer, 28 // accumulate * epochs))
     mechanic = Mechanic(updater)
     rates = []
     for i in range(28 * epochs):
         rows = slice(64 * (i % 28), 64 * (i % 28 + 1))
-        loss = nn.functional.cross_entropy(model(x[rows].float() / 16), y[rows])
+        loss = nn.functional.cross_entropy(model(x[rows].to(dtype) / 16), y[rows])
         (loss / accumulate).backward()
         if (i + 1) % accumulate == 0:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -78,7 +83,7 @@ def test_lightning(form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_p
     for folder, first in ((whole, 0), (rest, 56)):
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         assert float(rows[-1]["loss"]) < 1.0  # 2.3 at the start
-        logged = [float(row["lr"]) for row in rows]
+        logged = [float(row["lr_0"]) for row in rows]
         # What is logged before a step is the rate in force after the step before.
         assert logged[1:] == pytest.approx(rates[first : first + len(rows) - 1], rel=1e-5)
         assert max(logged) > 1e-3
@@ -103,6 +108,25 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(TensorDataset(x.float() / 16, y), batch_size=64, drop_last=True))
     assert trainer.global_step == 28
     assert same(module.state_dict(), digits(2, accumulate=2)[0])
+
+
+@pytest.mark.parametrize("kind", ["Digits", "DigitsWithTwoObjects"], ids=["drop-in", "two objects"])
+def test_lightning_on_two_ranks_is_one_process_with_the_whole_batch(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    script = Path(__file__).with_name("lightning_ranks.py")
+    command = [sys.executable, str(script), str(tmp_path), kind, "2"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["ranks"] == 2
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["rates"] == second["rates"]
+    plain, rates = digits(2, dtype=torch.float64)
+    assert max(rates) > 1e3 * rates[0] > 0
+    assert first["rates"] == pytest.approx(rates, rel=1e-9)
+    expected = torch.cat([weight.reshape(-1) for weight in plain.values()])
+    assert relative_difference(first["weights"][0], expected) > 1e-2
+    assert relative_difference(first["weights"][-1], expected) < 1e-9
 
 
 @pytest.mark.parametrize("form", [(), ("--optimizers",)], ids=["class", "optimizer and schedule"])

@@ -16,6 +16,7 @@ import torch
 from problems import relative_difference
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, Updater, mechanize
 
@@ -110,6 +111,72 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
     assert same(module.state_dict(), digits(2, accumulate=2)[0])
 
 
+class Reads(TorchDispatchMode):
+    """Counts the tensors that are read from their device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_lightning_logs_the_rate_in_force_of_every_group(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader, TensorDataset
+
+    example = runpy.run_path(str(EXAMPLES / "lightning" / "main.py"))
+    x, y = torch.randn(320, 64), torch.randint(10, (320,))
+    batches = DataLoader(TensorDataset(x, y), batch_size=16)
+
+    class TwoGroups(example["Digits"]):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 4.0}]
+            optimizer = mechanize(torch.optim.AdamW)(groups, lr=1.0)
+            return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 80), "interval": "step"}]
+
+    class Probe(lightning.Callback):
+        def __init__(self) -> None:
+            self.rates: list[list[float]] = []
+            self.scales: list[float] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.rates.append(trainer.optimizers[0].get_last_lr())
+            self.scales.append(float(trainer.optimizers[0].updater.scale))
+
+    def fit(callbacks: list[Any], log_every: int) -> int:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=4,
+            logger=CSVLogger(tmp_path, name=None),
+            callbacks=callbacks,
+            log_every_n_steps=log_every,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        with Reads() as reads:
+            trainer.fit(TwoGroups(80), batches)
+        return reads.count
+
+    probe = Probe()
+    fit([probe, example["EffectiveRates"](), LearningRateMonitor("step")], 5)
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    ours = {int(row["step"]): (row["lr_0"], row["lr_1"]) for row in rows if "lr_0" in row}
+    given = {int(row["step"]): row["lr-MechanizedAdamW/pg2"] for row in rows if "lr-MechanizedAdamW/pg2" in row}
+    assert list(ours) == list(given) == list(range(4, 80, 5))
+    for step, rates in ours.items():
+        assert rates == pytest.approx(probe.rates[step], rel=1e-6)
+        assert rates[1] == pytest.approx(given[step] * probe.scales[step], rel=1e-6)
+        assert rates[1] == pytest.approx(4 * rates[0])
+    assert len({rates[0] for rates in ours.values()}) == len(ours)
+    for every in (5, 20):
+        lines = 80 // every
+        assert fit([example["EffectiveRates"]()], every) - fit([], every) == 2 * lines  # one read a group and line
+
+
 @pytest.mark.parametrize("kind", ["Digits", "DigitsWithTwoObjects"], ids=["drop-in", "two objects"])
 def test_lightning_on_two_ranks_is_one_process_with_the_whole_batch(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning")
@@ -122,7 +189,7 @@ def test_lightning_on_two_ranks_is_one_process_with_the_whole_batch(kind: str, t
     assert torch.equal(first["weights"], second["weights"])
     assert first["rates"] == second["rates"]
     plain, rates = digits(2, dtype=torch.float64)
-    assert max(rates) > 1e3 * rates[0] > 0
+    assert len(set(rates)) == len(rates)
     assert first["rates"] == pytest.approx(rates, rel=1e-9)
     expected = torch.cat([weight.reshape(-1) for weight in plain.values()])
     assert relative_difference(first["weights"][0], expected) > 1e-2

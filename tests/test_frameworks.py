@@ -1,4 +1,4 @@
-"""Lightning, Transformers and Accelerate: the examples train as a plain loop does, resume, and show the rate."""
+"""Inside frameworks training goes as in a plain loop, resumes, and shows the rate."""
 
 from __future__ import annotations
 
@@ -239,6 +239,94 @@ def test_accelerate(
     plain, rates = digits(4, accumulate=2)
     assert same(weights[0], plain)
     assert [float(line.split()[-1]) for line in shown.splitlines()] == pytest.approx(rates[13::14], rel=1e-2)
+
+
+def linear_regression() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(320, 8)
+    return nn.Linear(8, 1), x, x.sum(1, keepdim=True)
+
+
+def plain_loop(model: nn.Module, x: Tensor, y: Tensor, cosine: bool) -> list[float]:
+    """Four epochs with the two objects: the effective rate after each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    updater = Updater(optimizer, CosineAnnealingLR(optimizer, 80) if cosine else None)
+    mechanic = Mechanic(updater)
+    rates = []
+    for i in range(80):
+        rows = slice(16 * (i % 20), 16 * (i % 20 + 1))
+        updater.zero_grad()
+        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        mechanic.step()
+        updater.step()
+        rates += updater.get_last_lr()
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated")  # Ignite's import of torch's
+def test_ignite(tmp_path: Path) -> None:
+    pytest.importorskip("ignite")
+    from ignite.engine import Engine, Events, create_supervised_trainer
+    from ignite.handlers import Checkpoint, DiskSaver
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model, x, y = linear_regression()
+    rates = plain_loop(model, x, y, cosine=True)
+
+    def build(folder: str) -> tuple[nn.Module, Engine, dict[str, Any], list[float]]:
+        one, *_ = linear_regression()
+        optimizer = mechanize(torch.optim.AdamW)(one.parameters(), lr=1.0)
+        schedule = CosineAnnealingLR(optimizer, 80)
+        trainer = create_supervised_trainer(one, optimizer, nn.functional.mse_loss)
+        seen: list[float] = []
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def step() -> None:
+            schedule.step()
+            seen.extend(optimizer.get_last_lr())
+
+        to_save = {"model": one, "optimizer": optimizer, "schedule": schedule, "trainer": trainer}
+        saver = DiskSaver(str(tmp_path / folder), create_dir=True)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, saver, n_saved=None))
+        return one, trainer, to_save, seen
+
+    batches = DataLoader(TensorDataset(x, y), batch_size=16)
+    whole, trainer, _, seen = build("whole")
+    trainer.run(batches, max_epochs=4)
+    assert same(whole.state_dict(), model.state_dict())
+    assert seen == rates
+    rest, trainer, to_save, seen = build("rest")
+    Checkpoint.load_objects(to_save, torch.load(tmp_path / "whole" / "checkpoint_40.pt", weights_only=True))
+    assert not same(rest.state_dict(), model.state_dict())
+    trainer.run(batches, max_epochs=4)
+    assert same(rest.state_dict(), model.state_dict())
+    assert seen == rates[40:]
+
+
+def test_keras() -> None:
+    keras = pytest.importorskip("keras")
+    model, x, y = linear_regression()
+
+    class Tuned(keras.Sequential):
+        def train_step(self, data: Any) -> dict[str, Any]:
+            image, target = data
+            self.zero_grad()
+            loss = self.compute_loss(y=target, y_pred=self(image, training=True))
+            loss.backward()
+            self.tuned.step()
+            rates.extend(self.tuned.get_last_lr())
+            return {"loss": loss, "lr": self.tuned.updater.scale}
+
+    rates: list[float] = []
+    tuned: Any = Tuned([keras.Input((8,)), keras.layers.Dense(1)])
+    tuned.set_weights([parameter.detach().t().numpy() for parameter in model.parameters()])
+    tuned.tuned = mechanize(torch.optim.AdamW)(tuned.parameters(), lr=1.0)
+    tuned.compile(loss="mse")
+    shown = tuned.fit(x.numpy(), y.numpy(), batch_size=16, epochs=4, shuffle=False, verbose=0).history["lr"]
+    assert shown == pytest.approx(rates[19::20])
+    assert rates == pytest.approx(plain_loop(model, x, y, cosine=False), rel=1e-3)
+    for theirs, ours in zip(tuned.trainable_variables, model.parameters(), strict=True):
+        torch.testing.assert_close(theirs.value.detach().t(), ours.detach(), rtol=1e-3, atol=1e-4)
 
 
 class Wrapper(torch.optim.Optimizer):

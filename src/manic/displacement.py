@@ -6,6 +6,7 @@ temporary of that size.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ class Slot:
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self.x().clone()
+        self.reference: Tensor = self.x().clone()
         self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
         self._version: int | None = None
-        self.address = 0
+        self.address: int = 0
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,7 +150,8 @@ class Bucket:
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
         self.share = share
-        self.reference, self.delta = slots[0].reference, slots[0].delta
+        self.reference: Tensor = slots[0].reference
+        self.delta = slots[0].delta
         if len(slots) > 1:
             self.reference = torch.cat([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
@@ -157,7 +159,7 @@ class Bucket:
             for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
-        self.kernels = choose(self.reference, total)
+        self.kernels: ModuleType = choose(self.reference, total)
 
     def values(self, *, copy: bool = False) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
@@ -204,9 +206,9 @@ class Displacement:
     def __init__(self, *, store_delta: bool, process_group: Any = None) -> None:
         self.store_delta = store_delta
         self.process_group = process_group
-        self.eps = 1e-8
+        self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined = False
+        self.joined: bool = False
         self._reduction: Reduction | None = None
         self._buckets: list[Bucket] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets

@@ -48,8 +48,8 @@ class Digits(lightning.LightningModule):
 class EffectiveRates(lightning.Callback):
     """What ``LearningRateMonitor`` is for a plain optimizer: logs the rate of each group as tensors, read when due."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """The rates in force, scale × lr, as ``lr_0``, ``lr_1``, …"""
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The rates in force, scale × lr, as ``lr_0``, ``lr_1`` and so on."""
         updater = trainer.optimizers[0].updater
         pl_module.log_dict({f"lr_{i}": updater.scale * group["lr"] for i, group in enumerate(updater.param_groups)})
 

@@ -7,6 +7,7 @@ device's work and without the host waiting for it.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ class Slot:
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self._empty(real.numel(), real.dtype).copy_(self.x())
+        self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
         self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
-        self.address = 0
+        self.address: int = 0
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +164,8 @@ class Bucket:
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
         self.share = share
-        self.reference, self.delta = slots[0].reference, slots[0].delta
+        self.reference: Tensor = slots[0].reference
+        self.delta = slots[0].delta
         if len(slots) > 1:
             slots[0].settle()
             self.reference = _joined([slot.reference for slot in slots])
@@ -173,7 +175,7 @@ class Bucket:
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
         on_host = self.reference.device != self._flat[0].device
-        self.kernels = plain if on_host else choose(self.reference, total)
+        self.kernels: ModuleType = plain if on_host else choose(self.reference, total)
 
     def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
@@ -227,9 +229,9 @@ class Displacement:
         self.store_delta = store_delta
         self.offload = offload
         self.process_group = process_group
-        self.eps = 1e-8
+        self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined = False
+        self.joined: bool = False
         self._reduction: Reduction | None = None
         self._buckets: list[Bucket] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets

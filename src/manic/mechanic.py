@@ -16,7 +16,7 @@ from manic import tuner
 from manic.tuner import BETAS, TunerConfig, TunerState
 from manic.updater import STATE_VERSION, Updater, check_version
 
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 
 
 class Mechanic:
@@ -189,7 +189,7 @@ class Mechanic:
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
-        self.check_state(state_dict)
+        self._check_state(state_dict)
         self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
         self._skipped.copy_(state_dict["skipped"])
@@ -197,7 +197,7 @@ class Mechanic:
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
 
-    def check_state(self, state_dict: dict[str, Any]) -> None:
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
         check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
         n = len(state_dict["config"]["betas"])

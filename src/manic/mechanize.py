@@ -185,7 +185,7 @@ class _Mechanized(Optimizer):
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
         mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
-        self.mechanic.check_state(mechanic)
+        self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         places = {key: i for i, key in enumerate(keys)}
         ours, base_state = _divide(state_dict["state"])

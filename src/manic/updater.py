@@ -19,7 +19,7 @@ from manic.displacement import Displacement
 from manic.tuner import Sums
 
 STATE_VERSION = 2
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
 SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
@@ -121,11 +121,11 @@ class Updater:
                 f"lr_scheduler schedules another optimizer (a {type(scheduled).__name__}); "
                 "expected one built on the optimizer given."
             )
-        self.base_optimizer = base
+        self.base_optimizer: Optimizer = base
         self.lr_scheduler = lr_scheduler
         self._stepped = optimizer
         self.nonfinite = nonfinite
-        self.displacement = Displacement(store_delta=store_delta, offload=cpu_offload, process_group=process_group)
+        self.displacement: Displacement = Displacement(store_delta=store_delta, offload=cpu_offload, process_group=process_group)
         self._claimed = False  # by a Mechanic
         self._pending = False  # a scale was proposed and waits for `step`, with what else `_propose` was told
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manic.kernels import plain
 
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 _works = True
 
 

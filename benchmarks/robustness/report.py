@@ -63,16 +63,13 @@ class Pair:
     def score(self, method: str, lr: float) -> Score:
         """Of a method at the learning rate given; with method `BASE`, of the base optimizer."""
         found = self._losses(method, lr)
-        bad = [
-            [not end <= start for end, start in zip(*ends, strict=True)]
-            for ends in zip(found, self.starts, strict=True)
-        ]
+        bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
         loss = _mean(found)
         gaps = [math.inf if any(seed[i] for seed in bad) else loss[i] / self.oracle[i] - 1 for i in (0, 1)]
         start = _mean(self.starts)
         regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
         diverged = tuple(seed for seed, (valid, _) in zip(self.seeds, bad, strict=True) if valid)
-        return Score(*self.run[:3], *gaps, regret, diverged)
+        return Score(self.run.task, self.run.base, self.run.schedule, gaps[0], gaps[1], regret, diverged)
 
     def wrong_by(self, half_decades: int) -> Score | None:
         """The base optimizer with too small and too large a rate, the mean of both; each loss has its own best rate."""
@@ -84,8 +81,12 @@ class Pair:
                 sides.append(valid._replace(train_gap=train.train_gap))
         if not sides:
             return None
-        gap, train_gap, regret = (statistics.fmean(side[i] for side in sides) for i in (3, 4, 5))
-        return Score(*self.run[:3], gap, train_gap, regret, tuple(seed for side in sides for seed in side.diverged))
+        return sides[0]._replace(
+            **{
+                name: statistics.fmean(getattr(side, name) for side in sides) for name in ("gap", "train_gap", "regret")
+            },
+            diverged=tuple(seed for side in sides for seed in side.diverged),
+        )
 
     def _losses(self, method: str, lr: float) -> list[Losses]:
         return [self.found[self.run._replace(method=method, lr=lr, seed=seed)] for seed in self.seeds]

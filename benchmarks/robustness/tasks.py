@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn import datasets
@@ -94,14 +95,15 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, width: int, outputs: int, blocks: int) -> None:
         super().__init__()
         self.stem = nn.Linear(inputs, width)
-        self.blocks = nn.ModuleList(
+        branches = [
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
             for _ in range(blocks)
-        )
+        ]
+        self.blocks = nn.ModuleList(branches)
         self.head = nn.Linear(width, outputs)
-        for layer in (*(block[-1] for block in self.blocks), self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (*(branch[-1] for branch in branches), self.head):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.stem(x)
@@ -137,6 +139,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:  # noqa: D102
         x = self.token(ids) + self.place.weight[: ids.shape[-1]]
         mask = torch.ones(ids.shape[-1], ids.shape[-1], dtype=torch.bool).triu(1)
+        layer: Any
         for layer in self.layers:
             q, k, v = (
                 part.unflatten(-1, (self.heads, -1)).transpose(-2, -3)

@@ -78,7 +78,7 @@ def factor(schedule: str, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def base_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def base_class(name: str) -> tuple[type[Any], dict[str, Any]]:
     """Class and options of a base optimizer."""
     if name == "lion":
         return import_module("pytorch_optimizer").Lion, {}
@@ -134,8 +134,9 @@ def d_adaptation(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
 
 
 def dog(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
-    """Without averaging, which is no part of the others either."""
-    optimizer = import_module("dog").DoG(parameters, lr=run.lr)
+    """Without averaging, which is no part of the others either; its authors advise the first distance."""
+    normalized = run.task == "convolution"
+    optimizer = import_module("dog").DoG(parameters, lr=run.lr, reps_rel=1e-4 if normalized else 1e-6)
     return [optimizer, scheduled(optimizer, run)]
 
 

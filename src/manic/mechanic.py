@@ -208,7 +208,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
-        self.updater.displacement.eps = config.eps
+        self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps
 
     def _to(self, like: Tensor) -> None:
         if self._betas.device != like.device:

@@ -25,7 +25,9 @@ v       ``sum_squares``  (..., n)   decayed sum of h²
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
-s_init  ``start``        (..., n)   start of the wealth W, an underestimate of the scale; kept as s_init / n
+s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
+f       factor           (...)      the schedule's factor: the learning rate over its initial value
+N       count            number     how many elements x has
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -41,20 +43,19 @@ What each rule does that the paper as printed does not:
   agree exactly at λ = 0 only.
 - ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
-- ``manic``, the default: m takes abs h and starts at 0, and λ is 0. Three changes, each for a measured fault of the
-  published rule (``docs/quality.md``), make h, and all that follows from it, the same for any learning rate, any
-  scaling of the loss and any initial scale of the weights:
+- ``manic``, the default: m takes abs h and starts at 0, λ is 0, there is no ε, and s stays as it is until the first h
+  that is not 0. A run is then the same whatever unit the learning rate or the loss is in. Three more changes are each
+  for a measured fault of the published rule (``docs/quality.md``):
 
-  - s_init comes from the data (8): an update of s_init moves x by ρ = 1e-3 of its norm, where a fixed s_init is too
-    small for most models and too large for some. f_1 is the schedule's factor at that step, so that a warmup does not
-    count as a small update. The first scale is κ = 30 times s_init: if the first bets are lost, s falls back to s_init.
-    Weights of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The reference point moves to where the parameters are whenever the number of steps doubles (9), and the tuner goes on.
+  - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
+    most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
+    first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
+    having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
+  - The reference point moves to where the parameters are whenever the number of steps doubles (9); the tuner goes on.
     With a fixed x_ref, <Δ, g> < 0 only says that the way from the start is still downhill, which it is long after
     steps have become too large: s then overshoots by 2 to 3 times. From a recent x_ref it says that the last half of
     the steps were too short. The bound of the paper holds between two such moves, not across them.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
-  - Before the first h that is not 0, s stays as it is, and there is no ε.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class TunerConfig:
         rule: one of ``RULES``; which published form to follow (see the module's list).
         betas: β, the decay rates of the tuner's memories, each in [0, 1).
         s_decay: λ ≥ 0, the weight of the decay term inside h; ``None`` takes the rule's own, 0 (published ones: 1e-2).
-        s_init: s_init > 0; ``None`` takes the rule's own, found from the data (``optax``: 1e-6, other published ones: 1e-8).
+        s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
         eps: ε > 0, of the published rules.
         max_scale: the largest scale allowed, or ``None``.
 
@@ -211,6 +212,7 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
         norm_x = torch.where(norm_x > 0, norm_x, torch.inf)
     else:
         norm_x = norm_x + config.eps
+    assert config.s_decay is not None
     decay = config.s_decay * scale * sums.grad_square.sqrt() * sums.delta_param / norm_x
     return sums.delta_grad + decay
 

@@ -125,9 +125,11 @@ class Updater:
         self.lr_scheduler = lr_scheduler
         self._stepped = optimizer
         self.nonfinite = nonfinite
-        self.displacement: Displacement = Displacement(store_delta=store_delta, offload=cpu_offload, process_group=process_group)
+        self.displacement: Displacement = Displacement(
+            store_delta=store_delta, offload=cpu_offload, process_group=process_group
+        )
         self._claimed = False  # by a Mechanic
-        self._pending = False  # a scale was proposed and waits for `step`, with what else `_propose` was told
+        self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._recentre = False
         self._handed_off = False

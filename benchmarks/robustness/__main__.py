@@ -19,19 +19,19 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from report import Plan, draw_indifference, draw_profiles, report, write_pairs
+from report import STYLES, Plan, draw_indifference, draw_profiles, report, write_pairs
 from tasks import CHEAP, TASKS
 from tqdm import tqdm
 from train import BASE, GRIDS, METHODS, SCHEDULES, START, Job, Losses, Run, grid, missing, train
 
-QUICK = ("diabetes", "tumours")
+QUICK = ("diabetes", "autoencoder", "new_digits", "tumours", "factors", "picture")
 ALL = tuple(TASKS)
 DECADES = range(-12, 7)  # of the learning rates in the picture of indifference
-SHOWN = ("manic", "mechanic-pytorch", "Prodigy")  # in that picture, beside the base optimizer
 SIZES = {
     "quick": (Plan(QUICK, ("adamw", "sgd"), SCHEDULES, 200, (0, 1)),),
     "standard": (Plan(ALL, tuple(GRIDS), SCHEDULES, 500, (0, 1)),),
@@ -118,21 +118,23 @@ def work(jobs: list[Job], file: Path, processes: int) -> int:
     todo = [job for job in dict.fromkeys(jobs) if not found.keys() >= set(job.runs)]
     failed = 0
     os.environ["OMP_NUM_THREADS"] = "1"
-    with (
-        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
-        file.open("a") as out,
-        tqdm(total=sum(len(job.runs) for job in todo), unit="run") as bar,
-    ):
+    pool = ProcessPoolExecutor(processes, get_context("spawn"))
+    try:
         futures = {pool.submit(train, job): job for job in todo}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                out.write("".join(f"{json.dumps(row)}\n" for row in future.result()))
-                out.flush()
-            except Exception:
-                failed += 1
-                tqdm.write(f"{job.runs[0]} failed:\n{traceback.format_exc()}", sys.stderr)
-            bar.update(len(job.runs))
+        with file.open("a") as out, tqdm(total=sum(len(job.runs) for job in todo), unit="run", smoothing=0) as bar:
+            for future in as_completed(futures):
+                job = futures[future]
+                try:
+                    out.write("".join(f"{json.dumps(row)}\n" for row in future.result()))
+                    out.flush()
+                except BrokenProcessPool:
+                    raise
+                except Exception:
+                    failed += 1
+                    tqdm.write(f"{job.runs[0]} failed:\n{traceback.format_exc()}", sys.stderr)
+                bar.update(len(job.runs))
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run and report")
     parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods whose results to forget first")
     parser.add_argument("--long", action="store_true", help="ten times the steps, on the tasks that are cheap")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each; 0: report only")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"), help="folder for results and pictures")
     arguments = parser.parse_args()
 
@@ -170,8 +172,8 @@ def main() -> None:
     forget(file, arguments.again)
     jobs = [job for plan in plans for job in jobs_of(plan, methods)]
     if not arguments.long:
-        jobs += jobs_of_indifference(spread, [method for method in methods if method in SHOWN])
-    failed = work(jobs, file, arguments.processes)
+        jobs += jobs_of_indifference(spread, [method for method in methods if method in STYLES])
+    failed = work(jobs, file, arguments.processes) if arguments.processes else 0
 
     found = read(file)
     text = "\n".join(report(plan, methods, found) for plan in plans)
@@ -181,7 +183,7 @@ def main() -> None:
         write_pairs(plan, methods, found, arguments.out / f"pairs_{plan.steps}.csv")
         draw_profiles(plan, methods, found, arguments.out / f"profiles_{plan.steps}.png")
     if not arguments.long:
-        draw_indifference(spread, [BASE, *SHOWN], found, arguments.out / "indifference.png")
+        draw_indifference(spread, found, arguments.out / "indifference.png")
     sys.exit(f"{failed} jobs failed; the same command tries them again." if failed else 0)
 
 

@@ -19,6 +19,13 @@ HALVES = {
     "Tasks that no choice has seen": [task.__name__ for task in REPORTED],
 }
 LEVEL = 0.1  # a gap that counts as being as good
+NAMES = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "lion": "Lion"}
+STYLES: dict[str, dict[str, Any]] = {  # of the lines in the picture of indifference
+    BASE: {"color": "0.5", "marker": "."},
+    "mechanic-pytorch": {"color": "tab:orange", "marker": "."},
+    "Prodigy": {"color": "tab:green", "marker": "."},
+    "manic": {"color": "tab:blue", "linewidth": 3},
+}
 Found = Mapping[Run, Losses]
 
 
@@ -221,13 +228,16 @@ def draw_profiles(plan: Plan, methods: Iterable[str], found: Found, file: Path) 
         axis.axvline(LEVEL, color="0.8", zorder=0)
         axis.set(xscale="log", xlim=(1e-2, 10), xlabel="gap of the validation loss to the tuned run's", title=title)
     axes[0].set(ylabel="share of pairs", ylim=(0, 1))
-    axes[0].legend(fontsize="small")
+    _legend(figure, 5)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def draw_indifference(plan: Plan, methods: Iterable[str], found: Found, file: Path) -> None:
-    """Final validation loss against the learning rate given, one panel for each base optimizer."""
+def draw_indifference(plan: Plan, found: Found, file: Path) -> None:
+    """Final validation loss against the learning rate given, one panel for each base optimizer.
+
+    Losses above the first are drawn at the first, which is the grey line.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(plan.bases), figsize=(5 * len(plan.bases), 3.6), sharey=True, squeeze=False, layout="constrained"
@@ -235,25 +245,29 @@ def draw_indifference(plan: Plan, methods: Iterable[str], found: Found, file: Pa
     (task,), (schedule,) = plan.tasks, plan.schedules
     start = mean(found[Run(task, "", "", START, 0.0, 0, seed)].valid for seed in plan.seeds)
     for axis, base in zip(axes[0], plan.bases, strict=True):
-        for method in methods:
+        for method, style in STYLES.items():
             run = Run(task, base, schedule, method, 0.0, plan.steps, 0)
-            lrs = sorted({other.lr for other in found if other._replace(lr=0.0, seed=0) == run})
-            points = {
-                lr: mean(found.get(run._replace(lr=lr, seed=seed), Losses(math.inf, 0)).valid for seed in plan.seeds)
-                for lr in lrs
-            }
-            style: dict[str, Any] = {"linewidth": 3} if method == "manic" else {}
-            label = {BASE: {"adamw": "AdamW", "sgd": "SGD"}.get(base, base), "manic": "manic around it"}.get(
-                method, method
-            )
+            by_lr: dict[float, list[float]] = {}
+            for other, losses in found.items():
+                if other._replace(lr=0.0, seed=0) == run and other.seed in plan.seeds:
+                    by_lr.setdefault(other.lr, []).append(losses.valid)
+            points = {lr: min(start, mean(row)) for lr, row in sorted(by_lr.items()) if len(row) == len(plan.seeds)}
             if points:
-                axis.plot(list(points), [min(loss, start) for loss in points.values()], ".-", label=label, **style)
-        axis.axhline(start, color="0.8", zorder=0)
-        axis.set(xscale="log", yscale="log", xlabel="learning rate given")
-        axis.legend(fontsize="small")
+                label = "base optimizer" if method == BASE else method
+                axis.plot(list(points), list(points.values()), label=label, **style)
+        axis.axhline(start, color="0.85", zorder=0)
+        axis.set(xscale="log", yscale="log", xlabel="learning rate given", title=NAMES[base])
     axes[0][0].set_ylabel("final validation loss")
+    _legend(figure, 4)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def _legend(figure: Any, columns: int) -> None:
+    """One legend for all panels, below them."""
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.lines if line.get_label()[0] != "_"}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _pyplot() -> Any:

@@ -197,10 +197,10 @@ def measured(task: Task) -> tuple[Data, Data]:
 # --- one model ----------------------------------------------------------------------------------------------------
 
 
-def trained(run: Run, dtype: torch.dtype = torch.float32) -> nn.Module:
+def trained(run: Run) -> nn.Module:
     """The model after training it by a run's method."""
     task = TASKS[run.task]()
-    model = model_of(task, run.seed).to(dtype)
+    model = model_of(task, run.seed)
     if run.method == START:
         return model
     build = plain if run.method == BASE else METHODS[run.method].build
@@ -210,7 +210,6 @@ def trained(run: Run, dtype: torch.dtype = torch.float32) -> nn.Module:
     if switches:
         steppers[0].train()
     for inputs, targets in batches(task, run.seed, run.steps):
-        inputs, targets = (part.to(dtype) if part.is_floating_point() else part for part in (inputs, targets))
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
         for stepper in steppers:
@@ -251,7 +250,7 @@ class Stack:
     def train(self, base: str, schedule: str, lrs: list[float], steps: int) -> Tensor:
         """The parameters at the end."""
         x = self.start[:, None].repeat(1, len(lrs), 1)
-        lr = torch.tensor(lrs)[:, None]
+        lr = torch.tensor(lrs, dtype=x.dtype)[:, None]
         state = torch.zeros_like(x), torch.zeros_like(x)
         streams = [batches(self.task, seed, steps) for seed in self.seeds]
         for step, rows in enumerate(zip(*streams, strict=True)):

@@ -48,25 +48,25 @@ INDIFFERENCE = {
 
 
 def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
-    """What a plan needs: the start and the tuned runs, then method by method."""
-    jobs = []
-    for task in plan.tasks:
+    """What a plan needs, cheap tasks first: the start, the tuned runs and manic's; after them the other methods."""
+    jobs, after = [], []
+    for task in sorted(plan.tasks, key=lambda task: task not in CHEAP):
         jobs += [Job((Run(task, "", "", START, 0.0, 0, seed),)) for seed in plan.seeds]
         for base in plan.bases:
             for schedule in plan.schedules:
                 run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
                 runs = tuple(run._replace(lr=lr, seed=seed) for lr in grid(base) for seed in plan.seeds)
                 jobs.append(Job(runs, widen=True))
-    for name in methods:
-        method = METHODS[name]
-        jobs += [
-            Job((Run(task, base, schedule, name, method.lr, plan.steps, seed),))
-            for task in plan.tasks
-            for base in method.bases
-            for schedule in method.schedules
-            for seed in plan.seeds
-            if base in plan.bases and schedule in plan.schedules
-        ]
+        for name in methods:
+            method = METHODS[name]
+            (jobs if name == "manic" else after).extend(
+                Job((Run(task, base, schedule, name, method.lr, plan.steps, seed),))
+                for base in method.bases
+                for schedule in method.schedules
+                for seed in plan.seeds
+                if base in plan.bases and schedule in plan.schedules
+            )
+    jobs += after
     return jobs
 
 

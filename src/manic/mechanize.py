@@ -242,6 +242,15 @@ class _Base:
     def param_groups(self) -> list[dict[str, Any]]:
         return self._outer.param_groups
 
+    @property
+    def state(self) -> Any:
+        return self._outer.state
+
+    @property
+    def covered_class(self) -> type | None:
+        """The class whose step may be taken without calling it: not while x_ref and Δ wait for being mirrored."""
+        return self._outer._base if self._outer._mirrored == len(self._outer.updater.displacement.slots) else None
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         outer: Any = self._outer
         step: Any = outer._base.step

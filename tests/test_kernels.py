@@ -128,7 +128,7 @@ def test_the_form_is_chosen_by_size_and_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MANIC_KERNELS", "plain")
     assert choose(x, 1 << 30) is plain
     monkeypatch.setenv("MANIC_KERNELS", "fast")
-    with pytest.raises(ValueError, match="MANIC_KERNELS is 'fast'; expected plain, compiled, or not to be set"):
+    with pytest.raises(ValueError, match="'fast'; expected plain, compiled, triton, fused, or not to be set"):
         choose(x, 1)
 
 

@@ -381,9 +381,13 @@ class Displacement:
             ValueError: a gradient is sparse.
         """
         assert self._reduction is not None
-        total = scale.new_zeros(4)
-        for bucket in self._buckets:
-            total.add_(bucket.sums().to(scale), alpha=bucket.share)
+        parts = [(bucket.sums().to(scale), bucket.share) for bucket in self._buckets]
+        if len(parts) == 1 and parts[0][1] == 1:
+            total = parts[0][0]
+        else:
+            total = scale.new_zeros(4)
+            for part, share in parts:
+                total.add_(part, alpha=share)
         delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
+from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
 from manic.updater import Updater, check_kind, copied, keep_dtypes
@@ -136,6 +137,7 @@ class _Mechanized(Optimizer):
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
         return self.updater.get_last_lr()
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the tuner and the base optimizer.
 

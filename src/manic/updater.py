@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from manic.displacement import Displacement
+from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
 STATE_VERSION = 1
@@ -155,6 +156,7 @@ class Updater:
         """The parameters of all groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
         self.base_optimizer.zero_grad(set_to_none)
@@ -200,6 +202,7 @@ class Updater:
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the base optimizer's step, move the parameters to x_ref + scale · Δ, and step the schedule.
 

@@ -35,19 +35,19 @@ def choose(x: torch.Tensor, total: int) -> ModuleType:
 
 
 def in_tables(x: torch.Tensor) -> bool:
-    """Whether the form for a dense parameter is `triton`: on a CUDA device, or under Triton's interpreter.
+    """Whether the form for a dense parameter is `triton`: on a CUDA device, or if forced under Triton's interpreter.
 
     torch brings Triton with its builds for CUDA; without it this is ``False``.
     """
-    if _forced() in ("plain", "compiled") or not x.is_floating_point() or x.element_size() == 1:
-        return False
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    forced = _forced()
+    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and forced is not None
+    if forced in ("plain", "compiled") or not (x.is_cuda or interpreted):
         return False
     if not _has_triton():
         return False
     from manic.kernels import triton
 
-    return triton.works(x.device)
+    return x.dtype in triton.TYPES and triton.works(x.device)
 
 
 def one_pass() -> bool:

@@ -84,7 +84,7 @@ def _is_hooked(optimizer: Any) -> bool:
     """Whether somebody relies on ``optimizer.step`` being called; schedulers only want to know that it was."""
     step = vars(optimizer).get("step")
     return bool(
-        (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
+        (step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step)
         or getattr(optimizer, "_optimizer_step_pre_hooks", None)
         or getattr(optimizer, "_optimizer_step_post_hooks", None)
         or torch_optimizer._global_optimizer_pre_hooks
@@ -175,16 +175,18 @@ class OnePass:
             row: list[float] = []
             for name in names:
                 value = group[name]
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.device == self._corrections.device:
                     rates[i] = value
                     value = 0.0
+                elif isinstance(value, Tensor):
+                    value = float(value)
                 row += value if isinstance(value, tuple | list) else [value]
             rows.append(row + [0.0] * (WIDTH.value - len(row)))
         if rows != self._numbers:
             self._numbers = rows
             self._host, self._rows = upload(rows, torch.float64, self._corrections.device)
         for i, rate in rates.items():
-            self._rows[i, 0].copy_(rate.squeeze(), non_blocking=True)
+            self._rows[i, 0].copy_(rate.squeeze())
         return self._rows
 
     def _advance(self, rule: Rule, rows: Tensor, finite: Tensor) -> None:

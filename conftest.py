@@ -5,6 +5,11 @@ from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads would only wait for each other
 os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import torch  # noqa: E402  it reads the number of threads when it is imported
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 modules = {
     "keras": ["src/manic/opt_list/for_keras.py", "tests/opt_list_keras.py"],
     "optax": ["src/manic/opt_list/for_optax.py"],

@@ -69,14 +69,21 @@ def _store(address, at, count, values, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _some(at, count, TAIL: tl.constexpr):
+    """The mask of a tensor that may be left out: ``count`` is 0 then."""
+    if TAIL:
+        return at < count
+    return tl.zeros(at.shape, tl.int32) < count  # the same for all, so that loads stay whole
+
+
+@triton.jit
 def _load_some(address, at, count, other, WIDE: tl.constexpr, TAIL: tl.constexpr):
-    """A block of a tensor that may be left out: ``count`` is 0 then, and ``other`` is read."""
-    return tl.load(address + at, mask=at < count if TAIL else count > 0, other=other).to(WIDE)
+    return tl.load(address + at, mask=_some(at, count, TAIL), other=other).to(WIDE)
 
 
 @triton.jit
 def _store_some(address, at, count, values, TAIL: tl.constexpr):
-    tl.store(address + at, values.to(address.dtype.element_ty), mask=at < count if TAIL else count > 0)
+    tl.store(address + at, values.to(address.dtype.element_ty), mask=_some(at, count, TAIL))
 
 
 @triton.jit

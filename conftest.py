@@ -6,7 +6,7 @@ from importlib.util import find_spec
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads would only wait for each other
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-import torch  # noqa: E402  it reads the number of threads when it is imported
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -425,8 +425,8 @@ class Displacement:
         """The base optimizer's step and the move in one pass.
 
         Returns:
-            A function of the scale in force, the scale from now on, and whether the step is finite (0-d tensors; if not,
-            nothing changes), or ``None`` if the base is not one that is covered, or has to set up state first.
+            A function of the scale in force, the scale from now on, and whether the step is finite (0-d tensors; if
+            not, nothing changes), or ``None`` if the base is not one that is covered, or has to set up state first.
         """
         plans = []
         for bucket in self._buckets:

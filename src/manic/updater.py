@@ -449,7 +449,9 @@ class Updater:
         if self._finite.device.type == "cpu":
             return False
         if one_pass:  # SGD counts no steps
-            return all(group.get("fused") or group.get("capturable") or "momentum" in group for group in self.param_groups)
+            return all(
+                group.get("fused") or group.get("capturable") or "momentum" in group for group in self.param_groups
+            )
         return (
             getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in self.param_groups)

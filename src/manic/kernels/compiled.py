@@ -74,7 +74,7 @@ def outside_graphs(method: F) -> F:
 
     It works on addresses and version counters, which a graph cannot hold; kernels of its own do the work.
     """
-    return _disable_dynamo(method)
+    return cast(F, _disable_dynamo(method))
 
 
 @functools.cache

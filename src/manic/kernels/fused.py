@@ -1,13 +1,14 @@
 """The base optimizer's step and the move in one pass, where the base is exactly torch's Adam, AdamW or SGD.
 
-The update u is added to Δ where it is computed: it is neither rounded to x's digits nor written down, and x is not read.
-The base keeps its state, in its own layout, and what it sets up it sets up itself: a step with parameters that have
-none yet is left to it.
+The update u is added to Δ where it is computed: it is neither rounded to x's digits nor written down, and x is not
+read. The base keeps its state, in its own layout, and what it sets up it sets up itself: a step with parameters that
+have none yet is left to it.
 
 Sources: Kingma, Ba, arXiv:1412.6980, Algorithm 1; Loshchilov, Hutter, arXiv:1711.05101, Algorithm 2; and for SGD's
 momentum the documentation of ``torch.optim.SGD``.
 """
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from manic.distributed import local
 from manic.kernels.triton import (
@@ -87,8 +88,8 @@ def _is_hooked(optimizer: Any) -> bool:
         (step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step)
         or getattr(optimizer, "_optimizer_step_pre_hooks", None)
         or getattr(optimizer, "_optimizer_step_post_hooks", None)
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
     )
 
 
@@ -203,7 +204,7 @@ class OnePass:
             return
         if not held:
             return
-        torch._foreach_add_([step for _, step in held], 1)
+        torch._foreach_add_([step for _, step in held], 1)  # type: ignore
         betas = torch.tensor([self._numbers[self._group_of[i]][1:3] for i, _ in held], dtype=torch.float64)
         corrections = torch.ones(count, 2, dtype=torch.float64)
         steps = torch.stack([step for _, step in held]).double()

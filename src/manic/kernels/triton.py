@@ -7,7 +7,9 @@ chunk's in a place of its own. Addresses go to the device again only when a tens
 The point x_ref + scale · Δ keeps its product and its sum apart, as everywhere (``enable_fp_fusion=False``), so the bits
 of x are those of `plain`. With ``TRITON_INTERPRET=1`` everything here runs on the CPU, for tests.
 """
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ class Batch:
         if rule is None:
             return None
         if self._one_pass is None:
-            self._one_pass = OnePass(self.table, [slot.parameter for slot in self._slots], optimizer)
+            self._one_pass = OnePass(self.table, [slot.parameter for slot in self._slots])
         one_pass, gradients = self._one_pass, self.gradients()
         if not one_pass.prepare(optimizer, rule, gradients):
             return None

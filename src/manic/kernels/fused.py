@@ -99,21 +99,20 @@ class OnePass:
     Args:
         table: of the parameters.
         parameters: in the table's order.
-        optimizer: their base optimizer, whose `rule_of` is not ``None``.
     """
 
-    def __init__(self, table: Table, parameters: list[Tensor], optimizer: Any) -> None:
-        groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    def __init__(self, table: Table, parameters: list[Tensor]) -> None:
         device = table.sizes.device
         self._table = table
         self._parameters = parameters
-        self._group_of = [groups[id(parameter)] for parameter in parameters]
-        self._rows_of = upload(self._group_of, torch.int64, device)[1]
+        self._group_sizes: list[int] = []
+        self._group_of: list[int] = []
         self._numbers: list[list[float]] = []
         nothing: list[Tensor | None] = [None] * table.count
         self._first, self._second, self._steps = (Column(device, nothing) for _ in range(3))
         self._corrections = torch.ones(table.count, 2, dtype=torch.float64, device=device)
         self._step_tensors: list[Tensor | None] = nothing
+        self._state_fits = self._steps_fit = True
         self._state_dtype = table.dtype
 
     def prepare(self, optimizer: Any, rule: Rule, gradients: list[Tensor | None]) -> bool:
@@ -133,16 +132,20 @@ class OnePass:
         for column in columns:
             if any(s is None and g is not None for s, g in zip(column, gradients, strict=True)):
                 return False
-        if rule.adam:
-            pairs = zip(state, gradients, strict=True)
-            self._step_tensors = [None if g is None else entry.get("step") for entry, g in pairs]
         changed = [c.point_to(tensors) for c, tensors in zip((self._first, self._second), columns, strict=False)]
         if any(changed):
             held = [(s, p) for column in columns for s, p in zip(column, self._parameters, strict=True)]
             dtypes = {s.dtype for s, _ in held if s is not None}
             dense = all(s is None or s.stride() == local(p).stride() for s, p in held)
-            self._state_dtype = dtypes.pop() if len(dtypes) == 1 and dense else None
-        return not names or self._state_dtype in TYPES
+            self._state_fits = len(dtypes) <= 1 and dtypes <= TYPES.keys() and dense
+            self._state_dtype = dtypes.pop() if dtypes else self._table.dtype
+        if rule.adam:
+            pairs = zip(state, gradients, strict=True)
+            self._step_tensors = [None if g is None else entry["step"] for entry, g in pairs]
+            if self._steps.point_to(self._step_tensors):
+                device = self._table.sizes.device if rule.counts_on_device else torch.device("cpu")
+                self._steps_fit = all(step is None or step.device == device for step in self._step_tensors)
+        return self._state_fits and self._steps_fit
 
     def run(
         self, optimizer: Any, rule: Rule, gradients: list[Tensor | None], old: Tensor, new: Tensor, finite: Tensor
@@ -163,7 +166,7 @@ class OnePass:
             self._advance(rule, rows, finite)
         columns = (table.x, table.gradient, table.reference, table.delta, self._first, self._second)
         others = (self._corrections, rows, self._rows_of, old, new, finite)
-        types = {"X": TYPES[table.dtype], "G": dtype, "S": TYPES[self._state_dtype or table.dtype]}
+        types = {"X": TYPES[table.dtype], "G": dtype, "S": TYPES[self._state_dtype]}
         flags = {name.upper(): value for name, value in rule._asdict().items() if name != "counts_on_device"}
         table.launch(_step, *columns, *others, **types, **flags)
         table.carried = table.stored
@@ -183,6 +186,12 @@ class OnePass:
                     value = float(value)
                 row += value if isinstance(value, tuple | list) else [value]
             rows.append(row + [0.0] * (WIDTH.value - len(row)))
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != self._group_sizes:
+            self._group_sizes = sizes
+            groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            self._group_of = [groups[id(parameter)] for parameter in self._parameters]
+            self._rows_of = upload(self._group_of, torch.int64, self._corrections.device)[1]
         if rows != self._numbers:
             self._numbers = rows
             self._host, self._rows = upload(rows, torch.float64, self._corrections.device)
@@ -195,7 +204,6 @@ class OnePass:
         count, device = self._table.count, self._corrections.device
         held = [(i, step) for i, step in enumerate(self._step_tensors) if step is not None]
         if rule.counts_on_device:
-            self._steps.point_to(self._step_tensors)
             dtype = TYPES[held[0][1].dtype] if held else tl.float32
             with _on(rows):
                 _count[(triton.cdiv(count, 1024),)](

@@ -372,10 +372,12 @@ def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> tuple
 
 @functools.cache
 def works(device: torch.device) -> bool:
-    """Whether Triton can compile for a device; where it cannot (no C compiler, say), a message says why."""
+    """Whether Triton can compile for a device; where it cannot (no C compiler, an old release), a message says why."""
     try:
-        x = [torch.zeros(1, device=device)]
-        Table(x, x, None).copy()
+        x, g, delta = ([torch.zeros(1, device=device)] for _ in range(3))
+        table = Table(x, x, delta)
+        table.copy()
+        table.sums([*g])
     except Exception as error:  # compilers fail in many ways
         logger.info("Triton does not work here (%s); going on without it.", error)
         return False

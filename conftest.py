@@ -13,5 +13,6 @@ if not torch.cuda.is_available():
 modules = {
     "keras": ["src/manic/opt_list/for_keras.py", "tests/opt_list_keras.py"],
     "optax": ["src/manic/opt_list/for_optax.py"],
+    "triton": ["src/manic/kernels/triton.py", "src/manic/kernels/fused.py", "tests/triton_code.py"],
 }
 collect_ignore = [path for extra, paths in modules.items() if find_spec(extra) is None for path in paths]

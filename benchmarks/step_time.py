@@ -222,6 +222,8 @@ def draw(report: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             axis.plot(sizes, ratios, marker="o", markersize=3, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     panels[0].set_ylabel("time of a step / fused AdamW")
     panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)

@@ -181,7 +181,7 @@ class OnePass:
                 value = group[name]
                 if isinstance(value, Tensor) and value.device == self._corrections.device:
                     rates[i] = value
-                    value = 0.0
+                    value = -1.0  # none of a person's
                 elif isinstance(value, Tensor):
                     value = float(value)
                 row += value if isinstance(value, tuple | list) else [value]
@@ -193,8 +193,10 @@ class OnePass:
             self._group_of = [groups[id(parameter)] for parameter in self._parameters]
             self._rows_of = upload(self._group_of, torch.int64, self._corrections.device)[1]
         if rows != self._numbers:
+            if len(rows) != len(self._numbers):
+                self._rows = torch.empty(len(rows), WIDTH.value, dtype=torch.float64, device=self._corrections.device)
             self._numbers = rows
-            self._host, self._rows = upload(rows, torch.float64, self._corrections.device)
+            self._rows.copy_(upload(rows, torch.float64, self._rows.device)[1])  # in place, for graphs that read it
         for i, rate in rates.items():
             self._rows[i, 0].copy_(rate.squeeze())
         return self._rows

@@ -228,12 +228,12 @@ def values(params: list[nn.Parameter]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "tolerance"), [("fused", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)]
+    ("form", "dtype", "tolerance"), [("fused", torch.float64, 1e-12), ("triton", torch.float32, 3e-6)]
 )
 def test_a_hundred_steps(
     form: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]
 ) -> None:
-    """float64: 1e-15 was measured after 30 steps; float32, where the sums differ by rounding: 1e-6."""
+    """float64: 1e-15 was measured; float32, where the sums differ by rounding: 6e-7, the median element by 3 ulp."""
     start, expected, _ = train("plain", AdamW, monkeypatch, steps=100, dtype=dtype, only_last=True)
     _, got, _ = train(form, AdamW, monkeypatch, steps=100, dtype=dtype, only_last=True)
     assert relative_difference(expected, start) > 0.1

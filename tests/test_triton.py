@@ -315,6 +315,27 @@ def test_what_is_not_covered_takes_two_steps(
     assert relative_difference(got, expected) < 1e-12
 
 
+def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
+    """A launch for each dtype. In half precision the two steps round the update to x's digits, and one pass does not."""
+
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        for p, dtype in zip(params, (torch.float32, torch.float16, torch.float16), strict=False):
+            p.data = p.data.to(dtype)
+        return AdamW(params, lr=1.0, eps=1e-4)
+
+    start, expected, two = train("plain", make, monkeypatch)
+    _, got, one = train("fused", make, monkeypatch)
+    assert len(one_pass_steps) == 3 * 5
+    assert relative_difference(expected, start) > 1e-2
+    assert relative_difference(got, expected) < 1e-3
+    assert [t.dtype for t in one.base_optimizer.state[one.param_groups[0]["params"][1]].values()] == [
+        torch.float32,
+        torch.float16,
+        torch.float16,
+    ]
+    assert float(one.scale) == pytest.approx(float(two.scale), rel=1e-2)
+
+
 def test_a_parameter_with_gaps_takes_two_steps(monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
     start, expected, _ = train("plain", AdamW, monkeypatch, steps=4, gaps=True)
     _, got, _ = train("fused", AdamW, monkeypatch, steps=4, gaps=True)

@@ -316,7 +316,7 @@ def test_what_is_not_covered_takes_two_steps(
 
 
 def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
-    """A launch for each dtype. In half precision the two steps round the update to x's digits, and one pass does not."""
+    """A launch for each. In half precision two steps round the update to x's digits, and one pass does not."""
 
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         for p, dtype in zip(params, (torch.float32, torch.float16, torch.float16), strict=False):

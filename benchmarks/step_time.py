@@ -64,9 +64,9 @@ def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.P
     return made
 
 
-def manic(params: list[nn.Parameter], *, store_delta: bool, form: str | None = None) -> Step:
-    """``mechanic.step(); updater.step()`` around fused AdamW, on the form of kernels given, or the one chosen."""
-    updater = Updater(AdamW(params, lr=1.0, fused=True), store_delta=store_delta)
+def manic(params: list[nn.Parameter], *, form: str | None = None, **options: Any) -> Step:
+    """``mechanic.step(); updater.step()`` around fused AdamW, with options of `Updater`, on one form of kernels."""
+    updater = Updater(AdamW(params, lr=1.0, fused=True), **options)
     mechanic = Mechanic(updater)
 
     def step() -> None:
@@ -129,8 +129,9 @@ def optax_step(name: str) -> Callable[[list[nn.Parameter]], Step]:
 SUBJECTS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "AdamW, fused": lambda params: AdamW(params, fused=True).step,
     "AdamW, foreach": lambda params: AdamW(params, foreach=True).step,
-    "manic": lambda params: manic(params, store_delta=True),
+    "manic": manic,
     "manic, store_delta=False": lambda params: manic(params, store_delta=False),
+    "manic, cpu_offload": lambda params: manic(params, cpu_offload=True),  # on the CPU, the same as without
     "mechanic-pytorch": mechanic_pytorch,
     "optax adamw, jitted": optax_step("adamw"),
     "optax mechanize, jitted": optax_step("mechanize"),

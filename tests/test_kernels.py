@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from manic import Mechanic, Updater, mechanize
 from manic.kernels import choose, compiled, plain
 from manic.mechanic import _tune
-from manic.tuner import Sums, TunerConfig, TunerState
+from manic.tuner import Sums, TunerConfig, init, update
 
 SIZES = [1, 2, 17, 1000, (1 << 18) - 1, 1 << 18, (1 << 18) + 5]
 needs_compiler = pytest.mark.skipif(not compiled.can_take(torch.zeros(2)), reason="no compiler")
@@ -186,11 +186,14 @@ def test_a_loop_under_torch_compile(drop_in: bool) -> None:
 @needs_compiler
 def test_the_tuner_in_one_launch() -> None:
     """As it runs on accelerators; here the compiled function is compared with the plain one."""
-    state = TunerState(*torch.rand(4, 6, dtype=torch.float64))
-    config = TunerConfig(max_scale=1.0)
+    config = TunerConfig(max_scale=1.0, s_init=1e-3)
+    betas = torch.tensor(config.betas, dtype=torch.float64)
+    state = init(config)
+    for h in (0.1, -0.2, -0.3):
+        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config)
     for h in (0.3, torch.nan):
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, torch.tensor(config.betas), config)
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         for a, b in zip(got[2], want[2], strict=True):

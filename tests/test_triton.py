@@ -265,7 +265,7 @@ def test_the_base_step_and_the_move_in_one_pass(
     start, expected, two = train("plain", COVERED[base], monkeypatch, store_delta=store_delta)
     _, got, one = train("fused", COVERED[base], monkeypatch, store_delta=store_delta)
     assert len(one_pass_steps) == 5
-    assert relative_difference(expected, start) > 1e-2
+    assert relative_difference(expected, start) > 1e-3
     assert relative_difference(got, expected) < 1e-12
     ours, theirs = one.base_optimizer.state_dict(), two.base_optimizer.state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
@@ -311,7 +311,7 @@ def test_what_is_not_covered_takes_two_steps(
     start, expected, _ = train("plain", NOT_COVERED[base], monkeypatch, steps=4)
     _, got, _ = train("fused", NOT_COVERED[base], monkeypatch, steps=4)
     assert not one_pass_steps
-    assert relative_difference(expected, start) > 1e-4
+    assert relative_difference(expected, start) > 1e-5
     assert relative_difference(got, expected) < 1e-12
 
 
@@ -326,7 +326,7 @@ def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch, one_pass_
     start, expected, two = train("plain", make, monkeypatch)
     _, got, one = train("fused", make, monkeypatch)
     assert len(one_pass_steps) == 3 * 5
-    assert relative_difference(expected, start) > 1e-2
+    assert relative_difference(expected, start) > 1e-3
     assert relative_difference(got, expected) < 1e-3
     assert [t.dtype for t in one.base_optimizer.state[one.param_groups[0]["params"][1]].values()] == [
         torch.float32,
@@ -340,7 +340,7 @@ def test_a_parameter_with_gaps_takes_two_steps(monkeypatch: pytest.MonkeyPatch, 
     start, expected, _ = train("plain", AdamW, monkeypatch, steps=4, gaps=True)
     _, got, _ = train("fused", AdamW, monkeypatch, steps=4, gaps=True)
     assert not one_pass_steps
-    assert relative_difference(expected, start) > 1e-4
+    assert relative_difference(expected, start) > 1e-5
     assert relative_difference(got, expected) < 1e-12
 
 
@@ -381,7 +381,7 @@ def test_changes_by_others_between_steps(monkeypatch: pytest.MonkeyPatch, one_pa
     start, expected, _ = train("plain", AdamW, monkeypatch, between=between)
     _, got, _ = train("fused", AdamW, monkeypatch, between=between)
     assert one_pass_steps
-    assert relative_difference(expected, start) > 1e-2
+    assert relative_difference(expected, start) > 1e-3
     assert relative_difference(got, expected) < 1e-12
 
 
@@ -389,7 +389,7 @@ def test_autograd_sees_that_parameters_have_changed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MANIC_KERNELS", "fused")
     weight = nn.Parameter(torch.ones(3, device=DEVICE))
     updater = Updater(SGD([weight], lr=1.0))
-    mechanic = Mechanic(updater)
+    mechanic = Mechanic(updater, s_init=1e-3)
     for _ in range(3):
         weight.grad = None
         loss = weight.square().sum()
@@ -495,7 +495,7 @@ def test_no_step_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in (lambda p: AdamW(p, lr=1.0, fused=True), lambda p: SGD(p, lr=1.0)):
         params = parameters(torch.float32, gaps=False)
         updater = Updater(make(params))
-        mechanic = Mechanic(updater)
+        mechanic = Mechanic(updater, rule="mechanic_pytorch")
         for step in range(4):
             for p in params:
                 p.grad = torch.ones_like(p)
@@ -518,7 +518,7 @@ def test_a_step_in_a_cuda_graph(store_delta: bool, monkeypatch: pytest.MonkeyPat
         weight = nn.Parameter(torch.randn(1000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
         updater = Updater(AdamW([weight], lr=1.0, fused=True), store_delta=store_delta)
-        mechanic = Mechanic(updater, s_init=1e-3)
+        mechanic = Mechanic(updater, rule="mechanic_pytorch", s_init=1e-3)  # replays do not re-centre
 
         def step() -> None:
             weight.grad.copy_(weight.detach())

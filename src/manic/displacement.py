@@ -1,19 +1,21 @@
 """The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + scale · Δ.
 
 This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
-temporary of that size.
+temporary of that size. Offloaded, x_ref and Δ are in host memory and cross the bus block by block, in order with the
+device's work and without the host waiting for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
-from manic.kernels import choose, in_tables, one_pass
+from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
@@ -27,21 +29,24 @@ class Slot:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
+        offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
     """
 
-    def __init__(self, parameter: Tensor, *, store_delta: bool) -> None:
+    def __init__(self, parameter: Tensor, *, store_delta: bool, offload: bool) -> None:
         self.parameter = parameter
+        self.offload = offload
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self.x().clone()
-        self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
+        self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
+        self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
-        self.address = 0
+        self.address: int = 0
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
+        self.settle()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
@@ -63,7 +68,7 @@ class Slot:
         Returns:
             Whether Δ had to be given up.
         """
-        x = self.x()
+        x = self.x().cpu() if self.offload else self.x()
         lost = self.delta is None and self._version is not None
         self.reference = self.reference.to(x)
         if self.delta is not None:
@@ -106,6 +111,11 @@ class Slot:
         x = self.x()
         return x.is_contiguous() and x.data_ptr() == self.address
 
+    def settle(self) -> None:
+        """Wait until what the device has still to write to host memory is there."""
+        if self.offload:
+            local(self.parameter).new_zeros(()).item()
+
     def write(self, x: Tensor) -> None:
         """Set the parameter from a 1-d tensor."""
         local(self.parameter).copy_(self._shaped(x))
@@ -121,6 +131,11 @@ class Slot:
         if self.delta is not None:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
         self._version = None
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        device = local(self.parameter).device
+        pin = self.offload and device.type == "cuda"
+        return torch.empty(numel, dtype=dtype, device="cpu" if self.offload else device, pin_memory=pin)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         return _real(tensor).permute(self._order).reshape(-1)
@@ -151,28 +166,36 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], share: float, total: int) -> None:
         self._slots = slots
-        self.device = slots[0].reference.device
+        self.device = local(slots[0].parameter).device
         self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
         self.share = share
-        self.reference, self.delta = slots[0].reference, slots[0].delta
+        self.reference: Tensor = slots[0].reference
+        self.delta = slots[0].delta
         if len(slots) > 1:
-            self.reference = torch.cat([slot.reference for slot in slots])
+            slots[0].settle()
+            self.reference = _joined([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
-            self.delta = torch.cat(deltas) if deltas else None
+            self.delta = _joined(deltas) if deltas else None
             for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
-        self.kernels = choose(self.reference, total)
+        on_host = self.reference.device != self._flat[0].device
+        self.kernels: ModuleType = plain if on_host else choose(self.reference, total)
 
-    def values(self, *, copy: bool = False) -> Tensor:
+    def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
         flat = [part if view else slot.x() for part, view, slot in parts]
-        if len(flat) > 1:
-            return torch.cat(flat)
-        return flat[0].clone() if copy else flat[0]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def backup(self) -> Tensor:
+        """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
+        x = self.values()
+        if x is not self._flat[0] and x.device == self.reference.device:
+            return x  # gathered, and so a copy already
+        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
 
     def gradients(self) -> Tensor | None:
         """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
@@ -190,14 +213,20 @@ class Bucket:
     def forget(self) -> None:
         """Parameters were changed by others."""
 
-    def begin(self) -> Tensor:
-        """A copy of the parameters."""
-        return self.values(copy=True)
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(self.values(), self.reference)]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.reference.copy_(self.values())
+        if self.delta is not None:
+            self.delta.zero_()
 
     def restore(self, before: Tensor | None, scale: Tensor) -> None:
-        """Set the parameters to x_ref + scale · Δ, or to what `begin` copied."""
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
         if self.delta is not None:
-            self.put(point(self.reference, self.delta, scale))
+            self.put(point(self.reference, self.delta, scale.to(self.reference.device)))
         elif before is not None:
             self.put(before)
 
@@ -206,7 +235,8 @@ class Bucket:
         x = self.values()
         self.kernels.move(x, self.reference, self.delta, before, old, new, eps)
         if before is not None and finite is not None:
-            x.copy_(torch.where(finite, x, before))
+            for now, then in plain.blocks(x, before):
+                now.copy_(torch.where(finite, now, plain.fetch(then, now)))
         self.put(x)
 
     def put(self, x: Tensor) -> None:
@@ -262,12 +292,24 @@ class Batch:
         """Parameters were changed by others."""
         self.table.carried = False
 
-    def begin(self) -> Tensor:
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(slot.x(), slot.reference) for slot in self._slots]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.forget()
+        torch._foreach_copy_([slot.reference for slot in self._slots], [slot.x() for slot in self._slots])  # type: ignore
+        for slot in self._slots:
+            if slot.delta is not None:
+                slot.delta.zero_()
+
+    def backup(self) -> Tensor:
         """A copy of the parameters."""
         return self.table.copy()
 
     def restore(self, before: Tensor | None, scale: Tensor) -> None:
-        """Set the parameters to x_ref + scale · Δ, or to what `begin` copied."""
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
         self.forget()
         parts = [None] * len(self._slots) if before is None else self.table.parts(before)
         for slot, part in zip(self._slots, parts, strict=True):
@@ -312,6 +354,7 @@ class Displacement:
 
     Args:
         store_delta: keep Δ (two copies of the model in all), or recompute it as (x - x_ref)/(scale + eps) (one).
+        offload: keep them in host memory.
         process_group: see `Reduction`.
 
     Attributes:
@@ -320,12 +363,13 @@ class Displacement:
         eps: ε of the recomputed Δ.
     """
 
-    def __init__(self, *, store_delta: bool, process_group: Any = None) -> None:
+    def __init__(self, *, store_delta: bool, offload: bool = False, process_group: Any = None) -> None:
         self.store_delta = store_delta
+        self.offload = offload
         self.process_group = process_group
-        self.eps = 1e-8
+        self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined = False
+        self.joined: bool = False
         self._reduction: Reduction | None = None
         self._buckets: list[Bucket | Batch] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
@@ -356,7 +400,7 @@ class Displacement:
                     slot.leave()
                 continue
             if slot is None:
-                slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
+                slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
             elif changed or slot.is_changed():
                 lost |= slot.keep_change(scale)
@@ -395,7 +439,7 @@ class Displacement:
 
     def begin(self) -> list[Tensor] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
-        return None if self.store_delta else [bucket.begin() for bucket in self._buckets]
+        return None if self.store_delta else [bucket.backup() for bucket in self._buckets]
 
     def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
         """Undo what a base step that failed did to the parameters.
@@ -441,8 +485,26 @@ class Displacement:
 
         return step if plans else None
 
+    def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
+        assert self._reduction is not None
+        total = like.new_zeros(3)
+        for bucket in self._buckets:
+            for x, reference in bucket.pairs():
+                before = reference.to(x.device)
+                norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
+                total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
+        return self._reduction(total).unbind()  # type: ignore
+
+    def recentre(self) -> None:
+        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0."""
+        for bucket in self._buckets:
+            bucket.recentre()
+
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
+        for slot in self.slots.values():
+            slot.settle()
         return {
             i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)
@@ -475,8 +537,11 @@ class Displacement:
         self.slots = {}
         self._buckets, self._key = [], []
         for i, tensors in state.items():
-            slot = self.slots[parameters[i]] = Slot(parameters[i], store_delta=self.store_delta)
+            slot = self.slots[parameters[i]] = self._slot(parameters[i])
             slot.load(tensors)
+
+    def _slot(self, parameter: Tensor) -> Slot:
+        return Slot(parameter, store_delta=self.store_delta, offload=self.offload)
 
 
 def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
@@ -489,12 +554,12 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
     growing: dict[Any, list[Slot]] = {}
     batches: dict[Any, list[Slot]] = {}
     for slot in active:
-        reference, share = slot.reference, reduction.share(slot.parameter)
-        kind = (reference.device, reference.dtype, share)
-        if in_tables(local(slot.parameter)) and slot.is_dense():
+        reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
+        kind = (device, reference.dtype, share)
+        if not slot.offload and in_tables(local(slot.parameter)) and slot.is_dense():
             batches.setdefault(kind, []).append(slot)
             continue
-        total[reference.device] = total.get(reference.device, 0) + reference.numel()
+        total[device] = total.get(device, 0) + reference.numel()
         if reference.numel() >= PACK:
             done.append(([slot], share))
             continue
@@ -503,8 +568,13 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
         if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
             done.append((growing.pop(kind), share))
     done += [(pack, share) for (_, _, share), pack in growing.items()]
-    buckets = [Bucket(slots, share, total[slots[0].reference.device]) for slots, share in done]
+    buckets = [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
     return [*(Batch(slots, share) for (_, _, share), slots in batches.items()), *buckets]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    whole = torch.cat(parts)
+    return whole.pin_memory() if any(part.is_pinned() for part in parts) else whole
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import STATE_VERSION, Updater, check_version
 
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 
 
 class Mechanic:
@@ -65,7 +66,7 @@ class Mechanic:
         *,
         rule: str = "manic",
         betas: Sequence[float] = BETAS,
-        s_decay: float = 1e-2,
+        s_decay: float | None = None,
         s_init: float | None = None,
         eps: float = 1e-8,
         max_scale: float | None = None,
@@ -144,8 +145,15 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        self.updater._propose(total, finite)
+        recentre = tuner.recentres(self.updater._steps + 1, config)
+        begin = partial(self._begin, config) if recentre and config.s_init is None else None
+        self.updater._propose(total, finite, begin, recentre)
         self._log(h)
+
+    def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
+        """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
+        self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
+        return self._state.scales.sum()
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -180,7 +188,7 @@ class Mechanic:
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
-        self.check_state(state_dict)
+        self._check_state(state_dict)
         self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
         self._skipped.copy_(state_dict["skipped"])
@@ -188,7 +196,7 @@ class Mechanic:
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
 
-    def check_state(self, state_dict: dict[str, Any]) -> None:
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
         check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
         n = len(state_dict["config"]["betas"])
@@ -199,7 +207,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
-        self.updater.displacement.eps = config.eps
+        self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps
 
     def _to(self, like: Tensor) -> None:
         if self._betas.device != like.device:

@@ -29,11 +29,12 @@ def mechanize(
     *,
     rule: str = "manic",
     betas: Sequence[float] = BETAS,
-    s_decay: float = 1e-2,
+    s_decay: float | None = None,
     s_init: float | None = None,
     eps: float = 1e-8,
     max_scale: float | None = None,
     store_delta: bool = True,
+    cpu_offload: bool = False,
     internal_lr: float | None = 1.0,
     nonfinite: str = "skip",
     process_group: Any = None,
@@ -49,7 +50,7 @@ def mechanize(
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
         rule, betas, s_decay, s_init, eps, max_scale, log_func, log_every: see `Mechanic`.
-        store_delta, internal_lr, nonfinite, process_group: see `Updater`.
+        store_delta, cpu_offload, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
         A subclass of ``base``, called with the arguments of ``base``.
@@ -75,6 +76,7 @@ def mechanize(
     check_kind(base)
     updater = {
         "store_delta": store_delta,
+        "cpu_offload": cpu_offload,
         "internal_lr": internal_lr,
         "nonfinite": nonfinite,
         "process_group": process_group,
@@ -184,9 +186,8 @@ class _Mechanized(Optimizer):
                 f"{self._base.__name__}. To go on from a plain one, load it before mechanizing, and start tuning anew."
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
-        tuner, unit = TunerState(*mechanic["tuner"]), mechanic["unit"]
-        mechanic["tuner"] = tuner._asdict()
-        self.mechanic.check_state(mechanic)
+        mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
+        self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         places = {key: i for i, key in enumerate(keys)}
         ours, base_state = _divide(state_dict["state"])
@@ -197,7 +198,9 @@ class _Mechanized(Optimizer):
         super().load_state_dict(base)
         keep_dtypes(self, base, displacement)
         self.mechanic.load_state_dict(mechanic)
-        self.updater._load_tuning(tuner.scales.sum(), unit, displacement)
+        steps = mechanic["steps"] - int(mechanic["skipped"])
+        scale = mechanic["tuner"]["scales"].sum()
+        self.updater._load_tuning(scale, mechanic["unit"], steps, displacement)
         self._mirrored = 0
         self._mark_groups()
 

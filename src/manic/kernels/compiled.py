@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 from manic.kernels import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 _works = True
 
 

@@ -1,0 +1,189 @@
+"""How close does a run without tuning come to one whose learning rate was tuned?
+
+Trains small nets on real data with the base optimizers at every rate of a grid, and with methods that need no rate;
+prints tables and draws pictures of what the latter lose. See docs/quality.md.
+
+    python benchmarks/robustness quick|standard|full [--only METHOD ...] [--again METHOD ...] [--long]
+
+Each training's losses are kept in a file as they come: a second call does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from report import Plan, draw_indifference, draw_profiles, report, write_pairs
+from tasks import CHEAP, TASKS
+from tqdm import tqdm
+from train import BASE, GRIDS, METHODS, SCHEDULES, START, Job, Losses, Run, grid, missing, train
+
+QUICK = ("diabetes", "tumours")
+ALL = tuple(TASKS)
+DECADES = range(-12, 7)  # of the learning rates in the picture of indifference
+SHOWN = ("manic", "mechanic-pytorch", "Prodigy")  # in that picture, beside the base optimizer
+SIZES = {
+    "quick": (Plan(QUICK, ("adamw", "sgd"), SCHEDULES, 200, (0, 1)),),
+    "standard": (Plan(ALL, tuple(GRIDS), SCHEDULES, 500, (0, 1)),),
+    "full": (
+        Plan(ALL, tuple(GRIDS), SCHEDULES, 500, tuple(range(5))),
+        Plan(CHEAP, tuple(GRIDS), SCHEDULES, 5000, tuple(range(5))),
+    ),
+}
+INDIFFERENCE = {
+    "quick": Plan(("diabetes",), ("adamw",), ("cosine",), 200, (0,)),
+    "standard": Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, (0, 1)),
+    "full": Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, tuple(range(5))),
+}
+
+
+def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
+    """What a plan needs: the start and the tuned runs, then method by method."""
+    jobs = []
+    for task in plan.tasks:
+        jobs += [Job((Run(task, "", "", START, 0.0, 0, seed),)) for seed in plan.seeds]
+        for base in plan.bases:
+            for schedule in plan.schedules:
+                run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
+                runs = tuple(run._replace(lr=lr, seed=seed) for lr in grid(base) for seed in plan.seeds)
+                jobs.append(Job(runs, widen=True))
+    for name in methods:
+        method = METHODS[name]
+        jobs += [
+            Job((Run(task, base, schedule, name, method.lr, plan.steps, seed),))
+            for task in plan.tasks
+            for base in method.bases
+            for schedule in method.schedules
+            for seed in plan.seeds
+            if base in plan.bases and schedule in plan.schedules
+        ]
+    return jobs
+
+
+def jobs_of_indifference(plan: Plan, methods: Iterable[str]) -> list[Job]:
+    """Runs at learning rates eighteen decades apart."""
+    jobs, lrs = [], [float(f"1e{decade}") for decade in DECADES]
+    for task in plan.tasks:
+        for base in plan.bases:
+            run = Run(task, base, plan.schedules[0], BASE, 0.0, plan.steps, 0)
+            jobs.append(Job(tuple(run._replace(lr=lr, seed=seed) for lr in lrs for seed in plan.seeds)))
+            jobs += [
+                Job((run._replace(method=method, lr=lr, seed=seed),))
+                for method in methods
+                if base in METHODS[method].bases
+                for lr in lrs
+                for seed in plan.seeds
+            ]
+    return jobs
+
+
+def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    """What is in a file; a line that was being written when the process was killed is left out."""
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def read(file: Path) -> dict[Run, Losses]:
+    """What was found before; of two rows for a run the later."""
+    return {
+        Run(*(row[name] for name in Run._fields)): Losses(
+            *(math.inf if row[kind] is None else row[kind] for kind in Losses._fields)
+        )
+        for row in rows_of(file)
+    }
+
+
+def forget(file: Path, methods: Iterable[str]) -> None:
+    """Take the rows of some methods out of a file, and what is no row."""
+    lines = [json.dumps(row) for row in rows_of(file) if row["method"] not in methods]
+    new = file.with_suffix(".new")
+    new.write_text("".join(f"{line}\n" for line in lines))
+    new.replace(file)
+
+
+def work(jobs: list[Job], file: Path, processes: int) -> int:
+    """Do what is not in the file yet, and write it there; returns how many jobs failed."""
+    found = read(file)
+    todo = [job for job in dict.fromkeys(jobs) if not found.keys() >= set(job.runs)]
+    failed = 0
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+        file.open("a") as out,
+        tqdm(total=sum(len(job.runs) for job in todo), unit="run") as bar,
+    ):
+        futures = {pool.submit(train, job): job for job in todo}
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                out.write("".join(f"{json.dumps(row)}\n" for row in future.result()))
+                out.flush()
+            except Exception:
+                failed += 1
+                tqdm.write(f"{job.runs[0]} failed:\n{traceback.format_exc()}", sys.stderr)
+            bar.update(len(job.runs))
+    return failed
+
+
+def main() -> None:
+    """Do what is missing, then print the tables and draw the pictures."""
+    parser = argparse.ArgumentParser(
+        "python benchmarks/robustness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run and report")
+    parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods whose results to forget first")
+    parser.add_argument("--long", action="store_true", help="ten times the steps, on the tasks that are cheap")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/robustness"), help="folder for results and pictures")
+    arguments = parser.parse_args()
+
+    methods = []
+    for name in arguments.only:
+        if missing(METHODS[name].package):
+            print(f"{name} is left out: {METHODS[name].package} is not installed", file=sys.stderr)
+        else:
+            methods.append(name)
+    plans, spread = SIZES[arguments.size], INDIFFERENCE[arguments.size]
+    if missing("pytorch_optimizer"):
+        print("The base optimizer lion is left out: pytorch_optimizer is not installed", file=sys.stderr)
+        plans = [plan._replace(bases=tuple(base for base in plan.bases if base != "lion")) for plan in plans]
+    if arguments.long:
+        plans = [
+            plan._replace(steps=10 * plan.steps, tasks=tuple(task for task in plan.tasks if task in CHEAP))
+            for plan in plans[:1]
+        ]
+
+    file = arguments.out / "results.jsonl"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    forget(file, arguments.again)
+    jobs = [job for plan in plans for job in jobs_of(plan, methods)]
+    if not arguments.long:
+        jobs += jobs_of_indifference(spread, [method for method in methods if method in SHOWN])
+    failed = work(jobs, file, arguments.processes)
+
+    found = read(file)
+    text = "\n".join(report(plan, methods, found) for plan in plans)
+    (arguments.out / "report.md").write_text(text)
+    print(text)
+    for plan in plans:
+        write_pairs(plan, methods, found, arguments.out / f"pairs_{plan.steps}.csv")
+        draw_profiles(plan, methods, found, arguments.out / f"profiles_{plan.steps}.png")
+    if not arguments.long:
+        draw_indifference(spread, [BASE, *SHOWN], found, arguments.out / "indifference.png")
+    sys.exit(f"{failed} jobs failed; the same command tries them again." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

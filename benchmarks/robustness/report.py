@@ -1,0 +1,265 @@
+"""Scores of methods against tuned base optimizers: tables and pictures."""
+
+from __future__ import annotations
+
+import csv
+import math
+import platform
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tasks import CHOOSING, REPORTED
+from train import BASE, METHODS, START, Losses, Run, grid, lr_of, mean
+
+HALVES = {
+    "Tasks that choices were made on": [task.__name__ for task in CHOOSING],
+    "Tasks that no choice has seen": [task.__name__ for task in REPORTED],
+}
+LEVEL = 0.1  # a gap that counts as being as good
+Found = Mapping[Run, Losses]
+
+
+class Plan(NamedTuple):
+    """Which tasks, base optimizers, schedules and seeds are run, and for how many steps."""
+
+    tasks: tuple[str, ...]
+    bases: tuple[str, ...]
+    schedules: tuple[str, ...]
+    steps: int
+    seeds: tuple[int, ...]
+
+
+class Score(NamedTuple):
+    """Of a method on a pair; a gap is infinite if a seed diverged."""
+
+    task: str
+    base: str
+    schedule: str
+    gap: float
+    train_gap: float
+    regret: float
+    diverged: tuple[int, ...]  # seeds
+
+
+class Pair:
+    """A task, a base optimizer and a schedule: its tuned runs, and scores against them."""
+
+    def __init__(self, plan: Plan, found: Found, task: str, base: str, schedule: str) -> None:
+        self.seeds, self.found = plan.seeds, found
+        self.run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
+        self.starts = [found[Run(task, "", "", START, 0.0, 0, seed)] for seed in plan.seeds]
+        tried = {run.lr for run in found if run._replace(lr=0.0, seed=0) == self.run}
+        self.means = {lr: _mean(self._losses(BASE, lr)) for lr in sorted(tried) if self.has(BASE, lr)}
+        self.best_lr = Losses(*(min(self.means, key=lambda lr: self.means[lr][kind]) for kind in (0, 1)))
+        self.oracle = Losses(*(self.means[lr][kind] for kind, lr in enumerate(self.best_lr)))
+
+    def has(self, method: str, lr: float) -> bool:
+        """Whether a method's runs are there, of all seeds."""
+        return all(self.run._replace(method=method, lr=lr, seed=seed) in self.found for seed in self.seeds)
+
+    def score(self, method: str, lr: float) -> Score:
+        """Of a method at the learning rate given; with method `BASE`, of the base optimizer."""
+        found = self._losses(method, lr)
+        bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
+        loss = _mean(found)
+        gaps = [math.inf if any(seed[i] for seed in bad) else loss[i] / self.oracle[i] - 1 for i in (0, 1)]
+        start = _mean(self.starts)
+        regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
+        diverged = tuple(seed for seed, (valid, _) in zip(self.seeds, bad, strict=True) if valid)
+        return Score(self.run.task, self.run.base, self.run.schedule, gaps[0], gaps[1], regret, diverged)
+
+    def wrong_by(self, half_decades: int) -> Score | None:
+        """The base optimizer with too small and too large a rate, the mean of both; each loss has its own best rate."""
+        sides = []
+        for sign in (-1, 1):
+            rates = [lr_of(round(2 * math.log10(best)) + sign * half_decades) for best in self.best_lr]
+            if all(self.has(BASE, lr) for lr in rates):
+                valid, train = (self.score(BASE, lr) for lr in rates)
+                sides.append(valid._replace(train_gap=train.train_gap))
+        if not sides:
+            return None
+        return sides[0]._replace(
+            **{
+                name: statistics.fmean(getattr(side, name) for side in sides) for name in ("gap", "train_gap", "regret")
+            },
+            diverged=tuple(seed for side in sides for seed in side.diverged),
+        )
+
+    def _losses(self, method: str, lr: float) -> list[Losses]:
+        return [self.found[self.run._replace(method=method, lr=lr, seed=seed)] for seed in self.seeds]
+
+
+def _mean(losses: Iterable[Losses]) -> Losses:
+    return Losses(*(mean(kind) for kind in zip(*losses, strict=True)))
+
+
+def scores_of(plan: Plan, methods: Iterable[str], found: Found) -> dict[str, list[Score]]:
+    """Of every method, and of base optimizers that are not tuned so well; pairs that are not done are left out."""
+    pairs = []
+    for task in plan.tasks:
+        for base in plan.bases:
+            for schedule in plan.schedules:
+                run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
+                if all(run._replace(lr=lr, seed=seed) in found for lr in grid(base) for seed in plan.seeds):
+                    pairs.append(Pair(plan, found, task, base, schedule))
+    scores = {
+        method: [pair.score(method, METHODS[method].lr) for pair in pairs if pair.has(method, METHODS[method].lr)]
+        for method in methods
+    }
+    for name, half_decades in (("lr wrong by half a decade", 1), ("lr wrong by a decade", 2)):
+        scores[name] = [score for pair in pairs if (score := pair.wrong_by(half_decades))]
+    scores["one lr for all tasks"] = []
+    for base in plan.bases:
+        by_lr = {lr: [pair.score(BASE, lr) for pair in pairs if pair.run.base == base] for lr in grid(base)}
+        scores["one lr for all tasks"] += min(
+            by_lr.values(), key=lambda row: statistics.fmean(s.regret for s in row) if row else 0
+        )
+    return scores
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _percent(value: float) -> str:
+    return "diverged" if math.isinf(value) else f"{100 * value:.1f} %"
+
+
+def _share(gaps: list[float]) -> str:
+    return f"{100 * sum(gap <= LEVEL for gap in gaps) / len(gaps):.0f} %"
+
+
+def _short(scores: list[Score]) -> str:
+    gaps = [score.gap for score in scores]
+    return f"{_percent(statistics.median(gaps))} ({_share(gaps)})" if gaps else "–"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _summary(scores: Mapping[str, list[Score]]) -> str:
+    head = ["", "pairs", "median gap", "within 10 %", "worst gap", "mean regret", "diverged runs"]
+    head += ["median gap, training loss", "within 10 %, training loss"]
+    rows = []
+    for name, row in scores.items():
+        gaps, train_gaps = [score.gap for score in row], [score.train_gap for score in row]
+        cells = [f"{len(row)}", _percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))]
+        cells += [f"{statistics.fmean(score.regret for score in row):.3f}", f"{sum(len(s.diverged) for s in row)}"]
+        rows.append([name, *cells, _percent(statistics.median(train_gaps)), _share(train_gaps)])
+    return _table(head, rows)
+
+
+def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
+    """The tables of a plan, in Markdown."""
+    every = scores_of(plan, methods, found)
+    text = [
+        f"# {plan.steps} steps, {len(plan.seeds)} seeds\n",
+        f"torch {torch.__version__}, Python {platform.python_version()}\n",
+    ]
+    for title, tasks in HALVES.items():
+        scores = {
+            name: chosen for name, row in every.items() if (chosen := [score for score in row if score.task in tasks])
+        }
+        if not scores:
+            continue
+        everywhere = {name: row for name, row in scores.items() if name not in METHODS or len(METHODS[name].bases) > 1}
+        text += [f"## {title}\n", _summary(scores)]
+        text.append("Median gap, and the share of pairs within 10 %, by schedule:\n")
+        rows = [
+            [name, *(_short([score for score in row if score.schedule == schedule]) for schedule in plan.schedules)]
+            for name, row in everywhere.items()
+        ]
+        text += [_table(["", *plan.schedules], rows), "By base optimizer, and on AdamW's with a constant rate:\n"]
+        rows = [
+            [
+                name,
+                *(_short([score for score in row if score.base == base]) for base in plan.bases),
+                _short([score for score in row if (score.base, score.schedule) == ("adamw", "constant")]),
+            ]
+            for name, row in scores.items()
+        ]
+        text.append(_table(["", *plan.bases, "adamw, constant"], rows))
+        diverged = [
+            f"- {name}: {score.task}, {score.base}, {score.schedule}, seeds {', '.join(map(str, score.diverged))}"
+            for name, row in scores.items()
+            if name in METHODS
+            for score in row
+            if score.diverged
+        ]
+        text += ["Diverged:\n", *(diverged or ["none"]), ""]
+    return "\n".join(text)
+
+
+def write_pairs(plan: Plan, methods: Iterable[str], found: Found, file: Path) -> None:
+    """Every score, as CSV."""
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["method", *Score._fields])
+        for name, row in scores_of(plan, methods, found).items():
+            writer.writerows([name, *score] for score in row)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def draw_profiles(plan: Plan, methods: Iterable[str], found: Found, file: Path) -> None:
+    """The share of pairs whose gap is at most x, for every x: one panel for each half of the tasks."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(HALVES), figsize=(11, 4), sharey=True, layout="constrained")
+    scores = scores_of(plan, methods, found)
+    for axis, (title, tasks) in zip(axes, HALVES.items(), strict=True):
+        for name, row in scores.items():
+            gaps = sorted(score.gap for score in row if score.task in tasks)
+            if gaps:
+                shares = [(i + 1) / len(gaps) for i in range(len(gaps))]
+                style = {"linewidth": 3} if name == "manic" else {"linestyle": "-" if name in METHODS else ":"}
+                axis.step([max(gap, 1e-3) for gap in gaps], shares, where="post", label=name, **style)
+        axis.axvline(LEVEL, color="0.8", zorder=0)
+        axis.set(xscale="log", xlim=(1e-2, 10), xlabel="gap of the validation loss to the tuned run's", title=title)
+    axes[0].set(ylabel="share of pairs", ylim=(0, 1))
+    axes[0].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_indifference(plan: Plan, methods: Iterable[str], found: Found, file: Path) -> None:
+    """Final validation loss against the learning rate given, one panel for each base optimizer."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(plan.bases), figsize=(5 * len(plan.bases), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    (task,), (schedule,) = plan.tasks, plan.schedules
+    start = mean(found[Run(task, "", "", START, 0.0, 0, seed)].valid for seed in plan.seeds)
+    for axis, base in zip(axes[0], plan.bases, strict=True):
+        for method in methods:
+            run = Run(task, base, schedule, method, 0.0, plan.steps, 0)
+            lrs = sorted({other.lr for other in found if other._replace(lr=0.0, seed=0) == run})
+            points = {
+                lr: mean(found.get(run._replace(lr=lr, seed=seed), Losses(math.inf, 0)).valid for seed in plan.seeds)
+                for lr in lrs
+            }
+            style: dict[str, Any] = {"linewidth": 3} if method == "manic" else {}
+            label = {BASE: {"adamw": "AdamW", "sgd": "SGD"}.get(base, base), "manic": "manic around it"}.get(
+                method, method
+            )
+            if points:
+                axis.plot(list(points), [min(loss, start) for loss in points.values()], ".-", label=label, **style)
+        axis.axhline(start, color="0.8", zorder=0)
+        axis.set(xscale="log", yscale="log", xlabel="learning rate given")
+        axis.legend(fontsize="small")
+    axes[0][0].set_ylabel("final validation loss")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -202,6 +202,7 @@ def train(
     dtype: torch.dtype = torch.float64,
     gaps: bool = False,
     only_last: bool = False,
+    s_init: float | None = 1e-3,
     between: Callable[[int, list[nn.Parameter], Updater], None] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Updater]:
@@ -210,7 +211,7 @@ def train(
     params = parameters(dtype, gaps=gaps)[-1 if only_last else 0 :]
     start = values(params)
     updater = Updater(make(params), **options)
-    mechanic = Mechanic(updater, s_init=1e-3)
+    mechanic = Mechanic(updater, s_init=s_init)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for i, p in enumerate(params):
@@ -382,6 +383,16 @@ def test_changes_by_others_between_steps(monkeypatch: pytest.MonkeyPatch, one_pa
     _, got, _ = train("fused", AdamW, monkeypatch, between=between)
     assert one_pass_steps
     assert relative_difference(expected, start) > 1e-3
+    assert relative_difference(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_the_default_rule(store_delta: bool, monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
+    """It finds its s_init from the base's first step, which is a step of its own then, and re-centres."""
+    start, expected, _ = train("plain", AdamW, monkeypatch, s_init=None, store_delta=store_delta)
+    _, got, _ = train("fused", AdamW, monkeypatch, s_init=None, store_delta=store_delta)
+    assert one_pass_steps
+    assert relative_difference(expected, start) > 1e-5
     assert relative_difference(got, expected) < 1e-12
 
 

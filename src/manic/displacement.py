@@ -7,6 +7,7 @@ device's work and without the host waiting for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
-from manic.kernels import choose, plain
+from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
@@ -105,6 +106,11 @@ class Slot:
             )
         return None if gradient is None else self._flat(gradient)
 
+    def is_dense(self) -> bool:
+        """Whether the parameter's elements lie side by side in memory."""
+        x = self.x()
+        return x.is_contiguous() and x.data_ptr() == self.address
+
     def settle(self) -> None:
         """Wait until what the device has still to write to host memory is there."""
         if self.offload:
@@ -160,6 +166,7 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], share: float, total: int) -> None:
         self._slots = slots
+        self.device = local(slots[0].parameter).device
         self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
@@ -199,6 +206,39 @@ class Bucket:
         flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
+    def sums(self) -> Tensor:
+        """The four sums over them, shape (4,)."""
+        return self.kernels.sums(self.values(), self.gradients(), self.reference, self.delta)
+
+    def forget(self) -> None:
+        """Parameters were changed by others."""
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(self.values(), self.reference)]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.reference.copy_(self.values())
+        if self.delta is not None:
+            self.delta.zero_()
+
+    def restore(self, before: Tensor | None, scale: Tensor) -> None:
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
+        if self.delta is not None:
+            self.put(point(self.reference, self.delta, scale.to(self.reference.device)))
+        elif before is not None:
+            self.put(before)
+
+    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+        """See `Displacement.move`."""
+        x = self.values()
+        self.kernels.move(x, self.reference, self.delta, before, old, new, eps)
+        if before is not None and finite is not None:
+            for now, then in plain.blocks(x, before):
+                now.copy_(torch.where(finite, now, plain.fetch(then, now)))
+        self.put(x)
+
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
         parts = x.split(self._sizes)
@@ -208,6 +248,104 @@ class Bucket:
         for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
             if not view:
                 slot.write(part)
+            slot.stamp()
+
+
+class Batch:
+    """Parameters that the passes treat in one launch, where they are: see `kernels.triton`. Used as a `Bucket` is.
+
+    Args:
+        slots: of dense parameters on one device, of one dtype.
+        share: the weight of this rank's sums over them, see `Reduction`.
+
+    Attributes:
+        table: where the tensors are.
+    """
+
+    def __init__(self, slots: list[Slot], share: float) -> None:
+        from manic.kernels.triton import Table
+
+        self._slots = slots
+        self.device = slots[0].reference.device
+        self.share = share
+        self._strides = [local(slot.parameter).stride() for slot in slots]
+        deltas = [slot.delta for slot in slots if slot.delta is not None]
+        self.table = Table([slot.x() for slot in slots], [slot.reference for slot in slots], deltas or None)
+        self._one_pass: Any = None
+
+    def gradients(self) -> list[Tensor | None]:
+        """Their gradients, in memory of the order of the parameters'."""
+        gradients: list[Tensor | None] = []
+        for slot, strides in zip(self._slots, self._strides, strict=True):
+            gradient = local_gradient(slot.parameter)
+            if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != strides):
+                gradient = slot.gradient()
+                gradient = None if gradient is None else gradient.contiguous()
+            gradients.append(gradient)
+        return gradients
+
+    def sums(self) -> Tensor:
+        """The four sums over them, shape (4,)."""
+        return self.table.sums(self.gradients())
+
+    def forget(self) -> None:
+        """Parameters were changed by others."""
+        self.table.carried = False
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(slot.x(), slot.reference) for slot in self._slots]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.forget()
+        torch._foreach_copy_([slot.reference for slot in self._slots], [slot.x() for slot in self._slots])  # type: ignore
+        for slot in self._slots:
+            if slot.delta is not None:
+                slot.delta.zero_()
+
+    def backup(self) -> Tensor:
+        """A copy of the parameters."""
+        return self.table.copy()
+
+    def restore(self, before: Tensor | None, scale: Tensor) -> None:
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
+        self.forget()
+        parts = [None] * len(self._slots) if before is None else self.table.parts(before)
+        for slot, part in zip(self._slots, parts, strict=True):
+            x = part if slot.delta is None else point(slot.reference, slot.delta, scale)
+            if x is not None:
+                slot.write(x)
+            slot.stamp()
+
+    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+        """See `Displacement.move`."""
+        finite = self.table.true if finite is None else finite
+        self.table.move(before, old if self.table.stored else old + eps, new, finite)
+        self._stamp()
+
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, float, Tensor], None] | None:
+        """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
+        from manic.kernels.fused import OnePass, rule_of
+
+        rule = rule_of(optimizer)
+        if rule is None:
+            return None
+        if self._one_pass is None:
+            self._one_pass = OnePass(self.table, [slot.parameter for slot in self._slots])
+        one_pass, gradients = self._one_pass, self.gradients()
+        if not one_pass.prepare(optimizer, rule, gradients):
+            return None
+
+        def step(old: Tensor, new: Tensor, eps: float, finite: Tensor) -> None:
+            one_pass.run(optimizer, rule, gradients, old if self.table.stored else old + eps, new, finite)
+            self._stamp()
+
+        return step
+
+    def _stamp(self) -> None:
+        for slot in self._slots:  # kernels write unseen by autograd, which would go on with the graph of the old x
+            torch.autograd.graph.increment_version(local(slot.parameter))
             slot.stamp()
 
 
@@ -233,7 +371,7 @@ class Displacement:
         self.slots: dict[Tensor, Slot] = {}
         self.joined: bool = False
         self._reduction: Reduction | None = None
-        self._buckets: list[Bucket] = []
+        self._buckets: list[Bucket | Batch] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,7 +391,7 @@ class Displacement:
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        lost = self.joined = False
+        lost = self.joined = touched = False
         active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
@@ -266,11 +404,15 @@ class Displacement:
                 self.joined = True
             elif changed or slot.is_changed():
                 lost |= slot.keep_change(scale)
+                touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
         if key != self._key or self._reduction is None:
             self._reduction = Reduction(parameters, self.process_group)
             self._buckets, self._key = _pack(active, self._reduction), key
+        if touched:
+            for bucket in self._buckets:
+                bucket.forget()
         return lost
 
     def sums(self, scale: Tensor) -> Sums:
@@ -283,10 +425,13 @@ class Displacement:
             ValueError: a gradient is sparse.
         """
         assert self._reduction is not None
-        total = scale.new_zeros(4)
-        for bucket in self._buckets:
-            part = bucket.kernels.sums(bucket.values(), bucket.gradients(), bucket.reference, bucket.delta)
-            total.add_(part.to(scale), alpha=bucket.share)
+        parts = [(bucket.sums().to(scale), bucket.share) for bucket in self._buckets]
+        if len(parts) == 1 and parts[0][1] == 1:
+            total = parts[0][0]
+        else:
+            total = scale.new_zeros(4)
+            for part, share in parts:
+                total.add_(part, alpha=share)
         delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
@@ -304,10 +449,7 @@ class Displacement:
             scale: the scale in force, 0-d.
         """
         for i, bucket in enumerate(self._buckets):
-            if bucket.delta is not None:
-                bucket.put(point(bucket.reference, bucket.delta, scale.to(bucket.reference.device)))
-            elif before is not None:
-                bucket.put(before[i])
+            bucket.restore(None if before is None else before[i], scale.to(bucket.device))
 
     def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
         """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
@@ -319,33 +461,45 @@ class Displacement:
             finite: 0-d bool, ``False`` if the base step was skipped on the device, and x has to stay as it is.
         """
         for i, bucket in enumerate(self._buckets):
-            x = bucket.values()
-            old, new = old_scale.to(x.device), scale.to(x.device)
+            old, new = old_scale.to(bucket.device), scale.to(bucket.device)
             start = None if before is None else before[i]
-            bucket.kernels.move(x, bucket.reference, bucket.delta, start, old, new, self.eps)
-            if start is not None and finite is not None:
-                finite = finite.to(x.device)
-                for now, then in plain.blocks(x, start):
-                    now.copy_(torch.where(finite, now, plain.fetch(then, now)))
-            bucket.put(x)
+            bucket.move(start, old, new, self.eps, None if finite is None else finite.to(bucket.device))
+
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+        """The base optimizer's step and the move in one pass.
+
+        Returns:
+            A function of the scale in force, the scale from now on, and whether the step is finite (0-d tensors; if
+            not, nothing changes), or ``None`` if the base is not one that is covered, or has to set up state first.
+        """
+        plans = []
+        for bucket in self._buckets:
+            plan = bucket.plan(optimizer) if isinstance(bucket, Batch) and not self.joined and one_pass() else None
+            if plan is None:
+                return None
+            plans.append((bucket.device, plan))
+
+        def step(old: Tensor, new: Tensor, finite: Tensor) -> None:
+            for device, plan in plans:
+                plan(old.to(device), new.to(device), self.eps, finite.to(device))
+
+        return step if plans else None
 
     def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
         assert self._reduction is not None
         total = like.new_zeros(3)
         for bucket in self._buckets:
-            x = bucket.values()
-            before = bucket.reference.to(x.device)
-            norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
-            total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
+            for x, reference in bucket.pairs():
+                before = reference.to(x.device)
+                norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
+                total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
         return self._reduction(total).unbind()  # type: ignore
 
     def recentre(self) -> None:
         """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0."""
         for bucket in self._buckets:
-            bucket.reference.copy_(bucket.values())
-            if bucket.delta is not None:
-                bucket.delta.zero_()
+            bucket.recentre()
 
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
@@ -390,24 +544,32 @@ class Displacement:
         return Slot(parameter, store_delta=self.store_delta, offload=self.offload)
 
 
-def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
-    """Large parameters alone, small ones of a device, dtype and share together until they are large."""
+def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
+    """Who is treated together.
+
+    In a batch, all of a device, dtype and share; else large parameters alone, and small ones until they are large.
+    """
     total: dict[torch.device, int] = {}
     done: list[tuple[list[Slot], float]] = []
-    growing: dict[tuple[torch.device, torch.dtype, float], list[Slot]] = {}
+    growing: dict[Any, list[Slot]] = {}
+    batches: dict[Any, list[Slot]] = {}
     for slot in active:
         reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
+        kind = (device, reference.dtype, share)
+        if not slot.offload and in_tables(local(slot.parameter)) and slot.is_dense():
+            batches.setdefault(kind, []).append(slot)
+            continue
         total[device] = total.get(device, 0) + reference.numel()
         if reference.numel() >= PACK:
             done.append(([slot], share))
             continue
-        kind = (device, reference.dtype, share)
         pack = growing.setdefault(kind, [])
         pack.append(slot)
         if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
             done.append((growing.pop(kind), share))
     done += [(pack, share) for (_, _, share), pack in growing.items()]
-    return [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
+    buckets = [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
+    return [*(Batch(slots, share) for (_, _, share), slots in batches.items()), *buckets]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
+from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
 from manic.updater import Updater, check_kind, copied, keep_dtypes
@@ -138,6 +139,7 @@ class _Mechanized(Optimizer):
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
         return self.updater.get_last_lr()
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the tuner and the base optimizer.
 
@@ -244,6 +246,15 @@ class _Base:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._outer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self._outer.state
+
+    @property
+    def covered_class(self) -> type | None:
+        """The class whose step may be taken without calling it: not while x_ref and Δ wait for being mirrored."""
+        return self._outer._base if self._outer._mirrored == len(self._outer.updater.displacement.slots) else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         outer: Any = self._outer

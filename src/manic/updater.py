@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from manic.displacement import Displacement
+from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
 STATE_VERSION = 2
@@ -164,6 +165,7 @@ class Updater:
         """The parameters of all groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
         self.base_optimizer.zero_grad(set_to_none)
@@ -218,6 +220,7 @@ class Updater:
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the base optimizer's step, move the parameters to x_ref + scale · Δ, and step the schedule.
 
@@ -240,22 +243,27 @@ class Updater:
             raise RuntimeError(
                 "Parameters were added between mechanic.step() and updater.step(). Call mechanic.step() again."
             )
-        on_device = self._base_can_skip()
+        one_pass = self._plan_one_pass() if closure is None else None
+        on_device = self._base_can_skip(one_pass is not None)
         if self.nonfinite == "skip" and not on_device and not bool(self._finite):
             self._pending = False
             logger.warning("A step was skipped: its gradient or h is not finite.")
             return None
 
         with torch.no_grad():
-            before = self.displacement.begin()
+            before = self.displacement.begin() if one_pass is None else None
         try:
             with self._internal_rates(), self._found_inf(on_device):
-                loss = self._stepped.step() if closure is None else self._stepped.step(closure)
+                if one_pass is not None:
+                    loss = one_pass(self._scale, self._next_scale, self._finite)
+                else:
+                    loss = self._stepped.step() if closure is None else self._stepped.step(closure)
             with torch.no_grad():
-                finite = self._finite if on_device else None
-                if self._begin is not None:
-                    self._next_scale.copy_(self._begin(*self._first_sizes()))
-                self.displacement.move(before, self._scale, self._next_scale, finite)
+                if one_pass is None:
+                    finite = self._finite if on_device else None
+                    if self._begin is not None:
+                        self._next_scale.copy_(self._begin(*self._first_sizes()))
+                    self.displacement.move(before, self._scale, self._next_scale, finite)
                 self._scale.copy_(self._next_scale)
                 if self._recentre:
                     self.displacement.recentre()
@@ -471,14 +479,29 @@ class Updater:
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
-    def _base_can_skip(self) -> bool:
+    def _plan_one_pass(self) -> Any:
+        """The base step and the move as one pass, see `Displacement.plan`; not if somebody wraps the base's step."""
+        if self._stepped is not self.base_optimizer or self._begin is not None:  # which looks at the base's step
+            return None
+        plan = self.displacement.plan(self.base_optimizer)
+        if plan is not None:
+            optimizer: Any = self.base_optimizer
+            optimizer._opt_called = True  # schedulers look here for whether there was a step
+        return plan
+
+    def _base_can_skip(self, one_pass: bool) -> bool:
         """Whether the coming base step can read on the device that it is to be skipped, as torch's fused ones do.
 
         Not when parameters have just joined: a fused base would set up their state from a gradient that is not finite.
         """
+        if self._finite.device.type == "cpu":
+            return False
+        if one_pass:  # SGD counts no steps
+            return all(
+                group.get("fused") or group.get("capturable") or "momentum" in group for group in self.param_groups
+            )
         return (
-            self._finite.device.type != "cpu"
-            and getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
+            getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in self.param_groups)
             and not self.displacement.joined
         )

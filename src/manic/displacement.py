@@ -206,9 +206,10 @@ class Bucket:
         flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
-    def sums(self) -> Tensor:
-        """The four sums over them, shape (4,)."""
-        return self.kernels.sums(self.values(), self.gradients(), self.reference, self.delta)
+    def sums(self, *, with_x: bool) -> Tensor:
+        """The four sums over them, shape (4,); those with x may be left at 0 where they are not needed."""
+        x = self.values() if with_x or self.delta is None else None
+        return self.kernels.sums(x, self.gradients(), self.reference, self.delta)
 
     def forget(self) -> None:
         """Parameters were changed by others."""
@@ -284,8 +285,8 @@ class Batch:
             gradients.append(gradient)
         return gradients
 
-    def sums(self) -> Tensor:
-        """The four sums over them, shape (4,)."""
+    def sums(self, *, with_x: bool) -> Tensor:
+        """The four sums over them, shape (4,); those with x come from the last move, at no cost."""
         return self.table.sums(self.gradients())
 
     def forget(self) -> None:
@@ -415,17 +416,18 @@ class Displacement:
                 bucket.forget()
         return lost
 
-    def sums(self, scale: Tensor) -> Sums:
+    def sums(self, scale: Tensor, *, with_x: bool = True) -> Sums:
         """The four sums over the parameters that take part, on all ranks that they are spread over.
 
         Args:
             scale: the scale in force, 0-d. The sums are on its device, in its dtype.
+            with_x: whether <Δ, x> and ‖x‖² are needed; else they may be 0, and x need not be read.
 
         Raises:
             ValueError: a gradient is sparse.
         """
         assert self._reduction is not None
-        parts = [(bucket.sums().to(scale), bucket.share) for bucket in self._buckets]
+        parts = [(bucket.sums(with_x=with_x).to(scale), bucket.share) for bucket in self._buckets]
         if len(parts) == 1 and parts[0][1] == 1:
             total = parts[0][0]
         else:

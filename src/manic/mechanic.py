@@ -127,7 +127,7 @@ class Mechanic:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
         """
-        sums, scale = self.updater._observe()
+        sums, scale = self.updater._observe(with_x=self._config.s_decay != 0)
         self._to(scale)
         if not self.updater._pending:
             self._steps += 1

@@ -28,7 +28,7 @@ def can_take(x: Tensor) -> bool:
     return _works and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_compiler()
 
 
-def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
+def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
     """As `plain.sums`."""
     return _run(_sums, plain.sums, x, g, reference, delta)
 
@@ -40,11 +40,16 @@ def move(
     _run(_move, plain.move, x, reference, delta, before, old, new, eps)
 
 
-def _sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
-    x = x.double()  # the loop waits for memory, so sums in float64 cost nothing
-    delta = x - reference if delta is None else delta.double()
-    g = torch.zeros_like(x) if g is None else g.double()
-    return torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
+def _sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
+    x = None if x is None else x.double()  # the loop waits for memory, so sums in float64 cost nothing
+    if delta is None:
+        assert x is not None
+        delta = x - reference
+    delta = delta.double()
+    g = torch.zeros_like(delta) if g is None else g.double()
+    zero = delta.new_zeros(())
+    with_x = (zero, zero) if x is None else ((delta * x).sum(), (x * x).sum())
+    return torch.stack([(delta * g).sum(), with_x[0], (g * g).sum(), with_x[1]])
 
 
 def _move(

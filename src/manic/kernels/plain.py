@@ -17,11 +17,11 @@ LAUNCH = 1 << 26  # elsewhere, where a launch costs more than a cache miss
 TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long beside the start of a copy
 
 
-def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
+def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
     """<Δ, g>, <Δ, x>, <g, g> and <x, x>, in float64 (float32 where the device has no more).
 
     Args:
-        x: parameters, 1-d.
+        x: parameters, 1-d; ``None`` if Δ is given and the sums with x are not needed, which are then 0.
         g: their gradient, or ``None`` for zero.
         reference: x_ref; it and Δ may be in host memory.
         delta: Δ, at least float32; ``None`` stands for x - x_ref.
@@ -29,18 +29,19 @@ def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -
     Returns:
         The four sums, shape (4,).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    here = next(tensor for tensor in (x, g, reference) if tensor is not None)
+    wide = torch.promote_types(reference.dtype, torch.float32)
+    zero = torch.zeros((), dtype=wide, device=here.device)
     parts = []
     for x, g, reference, delta in blocks(x, g, reference, delta):
-        x = x.to(wide)
-        delta = x - fetch(reference, x) if delta is None else fetch(delta, x)
-        if g is None:
-            dg = gg = x.new_zeros(())
-        else:
-            g = g.to(wide)
-            dg, gg = torch.dot(delta, g), torch.dot(g, g)
-        parts += [dg, torch.dot(delta, x), gg, torch.dot(x, x)]
-    total = torch.float32 if x.device.type == "mps" else torch.float64
+        x = None if x is None else x.to(wide)
+        delta = fetch(delta, here) if delta is not None else x - fetch(reference, here)
+        g = None if g is None else g.to(wide)
+        parts += [
+            torch.dot(a, b) if a is not None and b is not None else zero
+            for a, b in ((delta, g), (delta, x), (g, g), (x, x))
+        ]
+    total = torch.float32 if here.device.type == "mps" else torch.float64
     return torch.stack(parts).view(-1, 4).sum(0, dtype=total)
 
 

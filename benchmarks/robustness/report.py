@@ -243,7 +243,8 @@ def draw_indifference(plan: Plan, found: Found, file: Path) -> None:
         1, len(plan.bases), figsize=(5 * len(plan.bases), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     (task,), (schedule,) = plan.tasks, plan.schedules
-    start = mean(found[Run(task, "", "", START, 0.0, 0, seed)].valid for seed in plan.seeds)
+    initial = {Run(task, "", "", START, 0.0, 0, seed) for seed in plan.seeds}
+    start = mean(losses.valid for run, losses in found.items() if run in initial)
     for axis, base in zip(axes[0], plan.bases, strict=True):
         for method, style in STYLES.items():
             run = Run(task, base, schedule, method, 0.0, plan.steps, 0)

@@ -55,25 +55,21 @@ def starts(plan: Plan) -> list[Job]:
 
 
 def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
-    """What a plan needs: the start and the tuned runs, then method by method."""
-    jobs = starts(plan)
-    for task in plan.tasks:
+    """What a plan needs: task by task, the cheap ones first, the tuned runs and manic's; then the other methods'."""
+    jobs, others = starts(plan), []
+    for task in sorted(plan.tasks, key=lambda task: task not in CHEAP):
         for base in plan.bases:
             for schedule in plan.schedules:
                 run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
                 runs = tuple(run._replace(lr=lr, seed=seed) for lr in grid(base) for seed in plan.seeds)
                 jobs.append(Job(runs, widen=True))
-    for name in methods:
-        method = METHODS[name]
-        jobs += [
-            Job((Run(task, base, schedule, name, method.lr, plan.steps, seed),))
-            for task in plan.tasks
-            for base in method.bases
-            for schedule in method.schedules
-            for seed in plan.seeds
-            if base in plan.bases and schedule in plan.schedules
-        ]
-    return jobs
+                for name in methods:
+                    method = METHODS[name]
+                    if base in method.bases and schedule in method.schedules:
+                        run = run._replace(method=name, lr=method.lr)
+                        part = jobs if name == "manic" else others
+                        part += [Job((run._replace(seed=seed),)) for seed in plan.seeds]
+    return jobs + sorted(others, key=lambda job: list(METHODS).index(job.runs[0].method))
 
 
 def jobs_of_indifference(plan: Plan, methods: Iterable[str]) -> list[Job]:

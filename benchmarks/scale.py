@@ -18,6 +18,7 @@ RANKS = (8, 512, 16_384)
 GIB = 2**30
 BYTES = 4  # of an element in float32
 BANDWIDTH = 4.0e12  # bytes a second that a step reaches on an H200's memory of 4.8e12
+BUS = 64e9  # bytes a second each way: the limit of PCIe 5 with 16 lanes
 
 
 def memory(parameters: float, ranks: int, copies: int) -> float:
@@ -25,20 +26,21 @@ def memory(parameters: float, ranks: int, copies: int) -> float:
     return copies * parameters * BYTES / ranks / GIB
 
 
-def seconds(parameters: float, ranks: int, words: int) -> float:
-    """Of a pass that moves so many float32 words per parameter, limited by memory bandwidth."""
-    return words * parameters * BYTES / ranks / BANDWIDTH
+def seconds(parameters: float, ranks: int, words: int, bandwidth: float = BANDWIDTH) -> float:
+    """Of a pass that moves so many float32 words per parameter, limited by bandwidth."""
+    return words * parameters * BYTES / ranks / bandwidth
 
 
 def table() -> None:
     """Print memory, memory time and bytes on the wire per rank."""
-    print("a rank's share           x_ref     x_ref, Δ   passes of manic   of AdamW   all-reduce")
+    print("a rank's share           x_ref     x_ref, Δ   passes of manic   of AdamW   bus, offloaded   all-reduce")
     for name, parameters in MODELS.items():
         for ranks in RANKS:
             one, two = (memory(parameters, ranks, copies) for copies in (1, 2))
             ours, base = (1e3 * seconds(parameters, ranks, words) for words in (8, 7))
+            bus = 1e3 * seconds(parameters, ranks, 4, BUS)
             kept = f"{one:8.3f} GiB {two:8.3f} GiB"
-            print(f"{name:>6} on {ranks:>6} ranks {kept} {ours:12.3f} ms {base:9.3f} ms {4 * 8:9d} B")
+            print(f"{name:>6} on {ranks:>6} ranks {kept} {ours:12.3f} ms {base:9.3f} ms {bus:12.3f} ms {4 * 8:9d} B")
 
 
 def latency(repeats: int = 300) -> None:

@@ -1,10 +1,12 @@
 """What an optimizer step costs: time, memory and host syncs beside fused AdamW, in one process.
 
-Steps are interleaved and medians taken, so that a busy machine disturbs all alike; on two busy cores, OMP_NUM_THREADS=1
-is steadier. Peers are measured if they are installed: mechanic-pytorch, Prodigy (prodigyopt), D-Adaptation
-(dadaptation), DoG (dog-optimizer), schedule-free (schedulefree), optax.
+Steps are interleaved and medians taken, so that a busy machine disturbs all alike; steadier there is the time that the
+process has the processor (``OMP_NUM_THREADS=1 … --processor-time``; of optax, all threads'). On CUDA the time is the
+device's, with the host ahead of it; a step that waits for the device pays for the wait. Peers are measured if they are
+installed (``pip install "manic[benchmarks]"``): mechanic-pytorch, Prodigy, D-Adaptation, DoG, schedule-free, optax.
 
     python benchmarks/step_time.py [--shapes gpt-4m small ...] [--json FILE] [--figure FILE] [--repeats 15]
+    python benchmarks/step_time.py --from FILE --figure FILE     # draw what was measured before
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import argparse
 import gc
 import importlib
 import json
+import math
+import os
 import statistics
 import time
+import timeit
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +43,15 @@ def gpt(width: int, layers: int, vocabulary: int, context: int) -> list[tuple[in
 
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "gpt-1m": gpt(128, 4, 1024, 128),
     "gpt-4m": gpt(256, 4, 2048, 128),
+    "gpt-15m": gpt(384, 8, 1024, 128),
     "gpt-50m": gpt(640, 10, 1024, 128),
     "gpt-124m": gpt(768, 12, 50257, 1024),
     "gpt-355m": gpt(1024, 24, 50257, 1024),
     "gpt-1.3b": gpt(2048, 24, 50257, 1024),
     "small": [(256,)] * 2000,
+    **{f"split-{count}": [(2**20 // count,)] * count for count in (1, 16, 256, 2048)},
 }
 
 
@@ -56,14 +64,19 @@ def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.P
     return made
 
 
-def manic(params: list[nn.Parameter], *, store_delta: bool) -> Step:
-    """``mechanic.step(); updater.step()`` around fused AdamW."""
-    updater = Updater(AdamW(params, lr=1.0, fused=True), store_delta=store_delta)
+def manic(params: list[nn.Parameter], *, form: str | None = None, **options: Any) -> Step:
+    """``mechanic.step(); updater.step()`` around fused AdamW, with options of `Updater`, on one form of kernels."""
+    updater = Updater(AdamW(params, lr=1.0, fused=True), **options)
     mechanic = Mechanic(updater)
 
     def step() -> None:
-        mechanic.step()
-        updater.step()
+        if form is not None:
+            os.environ["MANIC_KERNELS"] = form
+        try:
+            mechanic.step()
+            updater.step()
+        finally:
+            os.environ.pop("MANIC_KERNELS", None)
 
     return step
 
@@ -90,6 +103,8 @@ def optax_step(name: str) -> Callable[[list[nn.Parameter]], Step]:
 
     def make(params: list[nn.Parameter]) -> Step:
         jax, optax = importlib.import_module("jax"), importlib.import_module("optax")
+        if len(params) > 1000:
+            raise RuntimeError("compiling that many arrays takes minutes")
         x = [jax.numpy.asarray(p.detach().cpu().numpy()) for p in params]
         g = [jax.numpy.asarray(p.grad.cpu().numpy()) for p in params if p.grad is not None]
         base = optax.adamw(1.0)
@@ -114,8 +129,9 @@ def optax_step(name: str) -> Callable[[list[nn.Parameter]], Step]:
 SUBJECTS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "AdamW, fused": lambda params: AdamW(params, fused=True).step,
     "AdamW, foreach": lambda params: AdamW(params, foreach=True).step,
-    "manic": lambda params: manic(params, store_delta=True),
+    "manic": manic,
     "manic, store_delta=False": lambda params: manic(params, store_delta=False),
+    "manic, cpu_offload": lambda params: manic(params, cpu_offload=True),  # on the CPU, the same as without
     "mechanic-pytorch": mechanic_pytorch,
     "optax adamw, jitted": optax_step("adamw"),
     "optax mechanize, jitted": optax_step("mechanize"),
@@ -125,13 +141,21 @@ SUBJECTS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
     "schedule-free": peer("schedulefree", "AdamWScheduleFree"),
 }
 
+ON_CUDA: dict[str, Callable[[list[nn.Parameter]], Step]] = {
+    "manic, two steps": lambda params: manic(params, store_delta=True, form="triton"),
+    "manic, two steps, store_delta=False": lambda params: manic(params, store_delta=False, form="triton"),
+    "manic, plain": lambda params: manic(params, store_delta=True, form="plain"),
+}
 
-def measure(shapes: list[tuple[int, ...]], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+
+def measure(
+    shapes: list[tuple[int, ...]], device: torch.device, repeats: int, timer: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Time of a step in milliseconds for every subject that can run, and on CUDA memory and syncs."""
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes)
     steps: dict[str, Step] = {}
     results: dict[str, dict[str, float]] = {}
-    for name, make in SUBJECTS.items():
+    for name, make in {**SUBJECTS, **(ON_CUDA if device.type == "cuda" else {})}.items():
         gc.collect()
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
@@ -147,11 +171,9 @@ def measure(shapes: list[tuple[int, ...]], device: torch.device, repeats: int) -
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(
+                device_time(step) if device.type == "cuda" else 1e3 * timeit.timeit(step, number=1, timer=timer)
+            )
     for name, taken in times.items():
         results[name]["ms"] = statistics.median(taken)
     return results
@@ -171,26 +193,40 @@ def cuda_facts(step: Step, before: int, size: int) -> dict[str, float]:
     return {"copies": held / size - 2, "peak copies": peak / size - 2, "syncs": len(caught)}
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def device_time(step: Step) -> float:
+    """Milliseconds on the device; it sleeps first, so that all launches wait in its queue."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def draw(report: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Cost beside fused AdamW for every set of shapes."""
+    """The cost beside fused AdamW, against the number of parameters and against the number of tensors."""
     from manic.plotting import new_figure
 
-    figure = new_figure(8.4, 3.6)
-    axis = figure.subplots()
-    names = dict.fromkeys(name for results in report.values() for name in results)
-    for name in names:
-        ratios = [r[name]["ms"] / r["AdamW, fused"]["ms"] if name in r else float("nan") for r in report.values()]
-        axis.plot(list(report), ratios, marker="o", label=name)
-    axis.set_yscale("log")
-    axis.set_ylabel("time of a step / fused AdamW")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = new_figure(10, 3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(name for results in report.values() for name in results))
+    names.remove("AdamW, fused")
+    for axis, kind, label in zip(panels, ("gpt", "split"), ("parameters", "tensors, 2^20 parameters"), strict=True):
+        shapes = [name for name in report if name.startswith(kind)]
+        for i, name in enumerate(names):
+            known = [shape for shape in shapes if name in report[shape]]
+            sizes = [(sum(map(math.prod, SHAPES[s])) if kind == "gpt" else len(SHAPES[s])) for s in known]
+            ratios = [report[shape][name]["ms"] / report[shape]["AdamW, fused"]["ms"] for shape in known]
+            style = {"linewidth": 2.2, "color": "black"} if name == "manic" else {"color": f"C{i % 10}"}
+            axis.plot(sizes, ratios, marker="o", markersize=3, label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+    panels[0].set_ylabel("time of a step / fused AdamW")
+    panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
@@ -200,21 +236,26 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["gpt-4m", "gpt-50m", "small"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--from", type=Path, dest="measured")
     options = parser.parse_args()
     device = torch.device(options.device)
-    report = {}
+    timer = time.process_time if options.processor_time else time.perf_counter
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    if options.measured:
+        report, options.shapes = json.loads(options.measured.read_text()), []
     for shapes in options.shapes:
         count = sum(torch.Size(shape).numel() for shape in SHAPES[shapes])
         print(f"\n{shapes}: {count / 1e6:.1f} M parameters in {len(SHAPES[shapes])} tensors, {device.type}")
-        report[shapes] = results = measure(SHAPES[shapes], device, options.repeats)
+        report[shapes] = results = measure(SHAPES[shapes], device, options.repeats, timer)
         base = results["AdamW, fused"]["ms"]
         for name, facts in results.items():
             more = "".join(f"   {key} {value:.1f}" for key, value in facts.items() if key != "ms")
-            print(f"{name:28}{facts['ms']:10.2f} ms {facts['ms'] / base:8.2f}×{more}")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+            print(f"{name:36}{facts['ms']:10.2f} ms {facts['ms'] / base:8.2f}×{more}")
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1))
     if options.figure:
         draw(report, options.figure)
 

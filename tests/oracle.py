@@ -13,20 +13,23 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 class Oracle:
-    """One run of Algorithm 1 as printed (``paper``), or as mechanic-pytorch or optax have it."""
+    """One run of Algorithm 1 as printed (``paper``), as mechanic-pytorch or optax have it, or with manic's changes."""
 
-    def __init__(self, x: list[float], rule: str, *, betas: list[float], lam: float, s_init: float, eps: float) -> None:
+    def __init__(
+        self, x: list[float], rule: str, *, betas: list[float], lam: float, s_init: float | None, eps: float
+    ) -> None:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.reference = list(x)
         self.delta = [0.0] * len(x)
-        self.s = [s_init if rule == "optax" else 0.0] * n
+        self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
+        self.steps = 0
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
         self.h = 0.0
 
-    def step(self, x: list[float], g: list[float], u: list[float]) -> list[float]:
+    def step(self, x: list[float], g: list[float], u: list[float], factor: float = 1.0) -> list[float]:
         scale = sum(self.s)
         norm_g, norm_x = math.sqrt(dot(g, g)), math.sqrt(dot(x, x))
         if self.rule == "paper":
@@ -39,12 +42,27 @@ class Oracle:
                 bet = min(max(h, -self.m[i]), self.m[i])
                 self.m[i] = max(beta * self.m[i], abs(h) + self.eps)
                 self.r[i] = beta * self.r[i] - self.s[i] * bet
+            elif self.rule == "manic":
+                bet = min(max(h, -self.m[i]), self.m[i]) if self.m[i] > 0 else h
+                self.m[i] = max(beta * self.m[i], abs(h))
+                self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * bet)
             else:
                 self.m[i] = max(beta * self.m[i], h if self.rule == "paper" else abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * h)
             self.v[i] = beta**2 * self.v[i] + h**2
-            wealth = self.s_init * self.m[i] / len(self.betas) + max(0.0, self.r[i])
-            self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
+            wealth = (self.s_init or 0.0) * self.m[i] / len(self.betas) + max(0.0, self.r[i])
+            if self.rule != "manic":
+                self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
+            elif self.v[i] > 0:
+                self.s[i] = wealth / math.sqrt(self.v[i])
+        if self.s_init is None:
+            size = max(norm_x, 1e-3 * math.sqrt(len(x)))
+            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
+            self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
         self.h = h
         self.delta = [d + ui for d, ui in zip(self.delta, u, strict=True)]
-        return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
+        new = [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
+        self.steps += 1
+        if self.rule == "manic" and math.log2(self.steps).is_integer():
+            self.reference, self.delta = new, [0.0] * len(x)
+        return new

@@ -116,3 +116,20 @@ def flat(model: nn.Module) -> Tensor:
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def leaves(state: Any, prefix: str = "") -> dict[str, Any]:
+    """The entries of nested containers, by their path."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found = {}
+    for key, value in items:
+        found |= leaves(value, f"{prefix}.{key}")
+    return found or {prefix: state}
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Of nested containers such as state dicts."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from manic import Mechanic, Updater, mechanize
 STEPS, SAVE_AT = 50, 25
 FORMS = ["two objects", "drop-in"]
 WAYS = {  # number of ranks: ways to spread the model
-    2: ["ddp", "fsdp2", "tensor parallel", "zero", "fsdp1"],
+    2: [
+        *("ddp", "fsdp2", "tensor parallel", "zero", "fsdp1"),
+        *("fsdp2 offloaded", "ddp in two parts", "fsdp2 in two parts"),
+    ],
     4: ["fsdp2", "hybrid", "fsdp2 and tensor parallel"],
 }
 
@@ -65,7 +70,7 @@ def spread(model: nn.Module, way: str) -> tuple[nn.Module, Any, bool]:
     if way == "hybrid":
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
         return fully_shard(model, mesh=mesh), None, True
-    if way == "fsdp2":
+    if way in ("fsdp2", "fsdp2 offloaded", "fsdp2 in two parts"):
         fully_shard(model.hidden)  # type: ignore[arg-type]
         return fully_shard(model), None, True
     if way == "fsdp1":
@@ -82,10 +87,11 @@ class Run:
 
     def __init__(self, form: str, way: str) -> None:
         self.model, group, self.split = spread(Model(), way) if way != "alone" else (Model(), None, False)
-        self.form = form
+        self.form, self.parts = form, 2 if way.endswith("in two parts") else 1
         options: dict[str, Any] = {"s_init": 1e-3}
+        shared: dict[str, Any] = {"process_group": group, "cpu_offload": way == "fsdp2 offloaded"}
         if form == "drop-in":
-            make = mechanize(torch.optim.AdamW, process_group=group, **options)
+            make = mechanize(torch.optim.AdamW, **shared, **options)
             self.optimizer = make(self.model.parameters(), lr=1e-3)
             self.updater, self.mechanic = self.optimizer.updater, self.optimizer.mechanic
             return
@@ -95,7 +101,7 @@ class Run:
             base: Any = ZeroRedundancyOptimizer(self.model.parameters(), optimizer_class=torch.optim.AdamW, lr=1e-3)
         else:
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.updater = Updater(base, process_group=group)
+        self.updater = Updater(base, **shared)
         self.mechanic = Mechanic(self.updater, **options)
 
     def train(self, steps: range) -> None:
@@ -106,12 +112,25 @@ class Run:
                 mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
                 x, y = x[mine], y[mine]
             self.updater.zero_grad() if self.form == "two objects" else self.optimizer.zero_grad()
-            (self.model(x) - y).square().mean().backward()
+            for part in range(self.parts):
+                rows = slice(part * len(x) // self.parts, (part + 1) * len(x) // self.parts)
+                with self.exchange(part == self.parts - 1):
+                    ((self.model(x[rows]) - y[rows]).square().mean() / self.parts).backward()
             if self.form == "two objects":
                 self.mechanic.step()
                 self.updater.step()
             else:
                 self.optimizer.step()
+
+    @contextmanager
+    def exchange(self, now: bool) -> Iterator[None]:
+        """Whether a backward pass exchanges gradients with the other ranks."""
+        model: Any = self.model
+        sharded = hasattr(model, "set_requires_gradient_sync")
+        if sharded:
+            model.set_requires_gradient_sync(now)
+        with nullcontext() if now or sharded else model.no_sync():
+            yield
 
     def whole(self) -> dict[str, torch.Tensor]:
         """All parameters whole, by name."""
@@ -150,6 +169,29 @@ class Counter:
     def __call__(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.sizes.append(tensor.numel())
         return self._all_reduce(tensor, *args, **kwargs)
+
+
+def resumed_zero(run: Run, folder: Path) -> dict[str, Any]:
+    """A run that goes on from what rank 0 saved."""
+    try:
+        run.updater.state_dict()
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    base: Any = run.updater.base_optimizer
+    base.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        parts = {"model": run.model, "updater": run.updater, "mechanic": run.mechanic}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "zero.pt")
+    dist.barrier()
+    state = torch.load(folder / "zero.pt", weights_only=True)
+    for _ in range(2):  # loading leaves the state dict as it was
+        run = Run("two objects", "zero")
+        run.model.load_state_dict(state["model"])
+        run.updater.load_state_dict(state["updater"])
+        run.mechanic.load_state_dict(state["mechanic"])
+    run.train(range(SAVE_AT, STEPS))
+    return {"parameters": run.whole(), "scale": run.mechanic.scale, "error": error}
 
 
 def shards_by_hand(form: str) -> dict[str, Any]:
@@ -197,6 +239,8 @@ def main(folder: Path, task: str) -> None:
                 dcp.save(run.state(), checkpoint_id=folder / f"checkpoint {form}")
                 if form == "two objects":
                     dcp.async_save(run.state(), checkpoint_id=folder / "checkpoint async").result()
+            if way == "zero":
+                results[form, "zero resumed"] = resumed_zero(run, folder)
             dist.all_reduce = counter
             run.train(range(SAVE_AT, STEPS))
             dist.all_reduce = counter._all_reduce

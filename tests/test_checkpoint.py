@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import backward, flat, make_net, relative_difference
+from problems import assert_same_bits, backward, flat, make_net, relative_difference
 from resume import CASES, M, N, Run, path_of
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -30,21 +30,6 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).parent / "resume.py"
     subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=300)
     return folder
-
-
-def leaves(state: Any, prefix: str = "") -> dict[str, Any]:
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    found = {}
-    for key, value in items:
-        found |= leaves(value, f"{prefix}.{key}")
-    return found or {prefix: state}
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -225,7 +210,7 @@ def test_refused_states() -> None:
     plain = {**state, "lr_scheduler": None, "kinds": {"optimizer": "AdamW", "lr_scheduler": None}}
     with pytest.raises(ValueError, match="saved with store_delta=True"):
         updater(store_delta=False).load_state_dict(plain)
-    with pytest.raises(ValueError, match="version 99; this release reads version 1"):
+    with pytest.raises(ValueError, match="version 99; this release reads version 2"):
         updater().load_state_dict({**plain, "version": 99})
     with pytest.raises(ValueError, match=r"lacks version.*expected what Updater.state_dict\(\) returns"):
         updater().load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())

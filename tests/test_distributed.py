@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.fsdp
-from problems import relative_difference
+from problems import assert_same_bits, relative_difference
 from ranks import FORMS, SAVE_AT, STEPS, WAYS, Model, Run
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from manic import Mechanic, Updater
 
 TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "src" / "examples" / "distributed" / "main.py"
 TASKS = [("train", 2), ("train", 4), ("resume", 4), ("resume", 1)]
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("FSDP2 is public from torch 2.6 on", allow_module_level=True)
 
 
-def torchrun(ranks: int, *arguments: str | Path, options: tuple[str, ...] = (), **kwargs: Any) -> subprocess.Popen[str]:
+def torchrun(
+    ranks: int,
+    *arguments: str | Path,
+    log: Path,
+    options: tuple[str, ...] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> str:
+    """Run a script on so many ranks, and return what they print; no run outlives its time limit.
+
+    Args:
+        log: the file that they print to.
+        meanwhile: called again and again until the run has ended.
+    """
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    return subprocess.Popen([*launch, *map(str, arguments)], stdout=subprocess.PIPE, text=True, **kwargs)
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the example
+    deadline = time.monotonic() + 300
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*launch, *map(str, arguments)], stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while process.poll() is None:
+                assert time.monotonic() < deadline, f"not at its end after 300 s:\n{log.read_text()}"
+                meanwhile()
+                time.sleep(0.01)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its ranks
+                process.wait(60)
+    assert process.returncode == 0, log.read_text()
+    return log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
     for task, ranks in TASKS:
-        with torchrun(ranks, TESTS / "ranks.py", folder, task, stderr=subprocess.PIPE) as process:
-            errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
+        torchrun(ranks, TESTS / "ranks.py", folder, task, log=folder / f"{task} {ranks}.log")
         found[task, ranks] = torch.load(folder / f"{task} {ranks}.pt")
     return found
 
@@ -62,7 +95,16 @@ def test_trajectory(form: str, ranks: int, way: str, results: Any, alone: Any) -
     result = results["train", ranks][form, way]
     assert_same_run(result, alone)
     ours = [size for size in result["reduced"] if size == 4]
-    assert len(ours) == (0 if way in ("ddp", "zero") else STEPS - SAVE_AT)  # one all-reduce of four numbers a step
+    assert len(ours) == (
+        0 if way in ("ddp", "ddp in two parts", "zero") else STEPS - SAVE_AT
+    )  # one all-reduce of four numbers a step
+
+
+def test_resume_with_a_zero_optimizer(results: Any, alone: Any) -> None:
+    """Its state is gathered first, on the rank that saves; an error says so."""
+    result = results["train", 2]["two objects", "zero resumed"]
+    assert_same_run(result, alone)
+    assert "Call updater.base_optimizer.consolidate_state_dict(to=0) on every rank" in result["error"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -115,3 +157,52 @@ def test_init_state_changes_nothing() -> None:
     assert float(without[1]) > 0
     assert torch.equal(with_it[0], without[0])
     assert torch.equal(with_it[1], without[1])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the example that nobody killed."""
+    folder = tmp_path_factory.mktemp("straight")
+    example(folder)
+    return folder
+
+
+def example(folder: Path, meanwhile: Callable[[], None] = lambda: None) -> str:
+    arguments = (EXAMPLE, "--steps", "40", "--save-every", "10", "--checkpoint", folder / "run")
+    return torchrun(2, *arguments, options=("--max-restarts", "2"), log=folder / "log", meanwhile=meanwhile)
+
+
+@pytest.mark.parametrize("when", ["after a checkpoint", "while one is written"])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(when: str, straight: Path, tmp_path: Path) -> None:
+    """torchrun starts the ranks again, from the checkpoint; the end is that of the run that nobody killed."""
+    killed = []
+
+    def kill() -> None:
+        text = (tmp_path / "log").read_text()
+        ready = (tmp_path / "run" / "step_20").exists() if when == "while one is written" else "saved step 20" in text
+        if ready and not killed:
+            killed.append(int(re.findall(r"rank 1 is process (\d+)", text)[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    logs = [(straight / "log").read_text(), example(tmp_path, kill)]
+    assert killed
+    assert ["resumed after step" in log for log in logs] == [False, True]
+    losses = [re.findall(r"validation loss [\d.]+", log) for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1
+    states = []
+    for folder in (straight, tmp_path):
+        dcp_to_torch_save(folder / "run" / "step_40", folder / "whole.pt")
+        states.append(torch.load(folder / "whole.pt"))
+    assert_same_bits(*states)
+    assert states[0]["mechanic"]["steps"] == 40
+
+
+def test_restarts_on_torchruns_own_store_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stderr

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"lightning", "transformers", "accelerate", "tensorboard"}
-pytestmark = [  # Lightning's, of tiny data and of torch 2.13
+EXTRAS = {"lightning", "transformers", "accelerate", "tensorboard", "ignite"}
+pytestmark = [  # Lightning's, of tiny data and of torch 2.13, and ZeroRedundancyOptimizer's
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated"),  # Ignite's import of torch's
 ]
 
 

@@ -1,4 +1,4 @@
-"""Lightning, Transformers and Accelerate: the examples train as a plain loop does, resume, and show the rate."""
+"""Inside frameworks training goes as in a plain loop, resumes, and shows the rate."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import csv
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from problems import relative_difference
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, Updater, mechanize
 
@@ -30,20 +34,22 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def digits(epochs: int, *, accumulate: int = 1, clip: float = 1.0) -> tuple[dict[str, Tensor], list[float]]:
+def digits(
+    epochs: int, *, accumulate: int = 1, clip: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], list[float]]:
     """The same training without a framework: the weights, and the effective rate after every step."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     updater = Updater(optimizer, CosineAnnealingLR(optimizer, 28 // accumulate * epochs))
     mechanic = Mechanic(updater)
     rates = []
     for i in range(28 * epochs):
         rows = slice(64 * (i % 28), 64 * (i % 28 + 1))
-        loss = nn.functional.cross_entropy(model(x[rows].float() / 16), y[rows])
+        loss = nn.functional.cross_entropy(model(x[rows].to(dtype) / 16), y[rows])
         (loss / accumulate).backward()
         if (i + 1) % accumulate == 0:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -78,7 +84,7 @@ def test_lightning(form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_p
     for folder, first in ((whole, 0), (rest, 56)):
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         assert float(rows[-1]["loss"]) < 1.0  # 2.3 at the start
-        logged = [float(row["lr"]) for row in rows]
+        logged = [float(row["lr_0"]) for row in rows]
         # What is logged before a step is the rate in force after the step before.
         assert logged[1:] == pytest.approx(rates[first : first + len(rows) - 1], rel=1e-5)
         assert max(logged) > 1e-3
@@ -103,6 +109,91 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(TensorDataset(x.float() / 16, y), batch_size=64, drop_last=True))
     assert trainer.global_step == 28
     assert same(module.state_dict(), digits(2, accumulate=2)[0])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the tensors that are read from their device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_lightning_logs_the_rate_in_force_of_every_group(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader, TensorDataset
+
+    example = runpy.run_path(str(EXAMPLES / "lightning" / "main.py"))
+    x, y = torch.randn(320, 64), torch.randint(10, (320,))
+    batches = DataLoader(TensorDataset(x, y), batch_size=16)
+
+    class TwoGroups(example["Digits"]):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 4.0}]
+            optimizer = mechanize(torch.optim.AdamW)(groups, lr=1.0)
+            return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 80), "interval": "step"}]
+
+    class Probe(lightning.Callback):
+        def __init__(self) -> None:
+            self.rates: list[list[float]] = []
+            self.scales: list[float] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.rates.append(trainer.optimizers[0].get_last_lr())
+            self.scales.append(float(trainer.optimizers[0].updater.scale))
+
+    def fit(callbacks: list[Any], log_every: int) -> int:
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=4,
+            logger=CSVLogger(tmp_path, name=None),
+            callbacks=callbacks,
+            log_every_n_steps=log_every,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        with Reads() as reads:
+            trainer.fit(TwoGroups(80), batches)
+        return reads.count
+
+    probe = Probe()
+    fit([probe, example["EffectiveRates"](), LearningRateMonitor("step")], 5)
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    ours = {int(row["step"]): (row["lr_0"], row["lr_1"]) for row in rows if "lr_0" in row}
+    given = {int(row["step"]): row["lr-MechanizedAdamW/pg2"] for row in rows if "lr-MechanizedAdamW/pg2" in row}
+    assert list(ours) == list(given) == list(range(4, 80, 5))
+    for step, rates in ours.items():
+        assert rates == pytest.approx(probe.rates[step], rel=1e-6)
+        assert rates[1] == pytest.approx(given[step] * probe.scales[step], rel=1e-6)
+        assert rates[1] == pytest.approx(4 * rates[0])
+    assert len({rates[0] for rates in ours.values()}) == len(ours)
+    for every in (5, 20):
+        lines = 80 // every
+        assert fit([example["EffectiveRates"]()], every) - fit([], every) == 2 * lines  # one read a group and line
+
+
+@pytest.mark.parametrize("kind", ["Digits", "DigitsWithTwoObjects"], ids=["drop-in", "two objects"])
+def test_lightning_on_two_ranks_is_one_process_with_the_whole_batch(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    script = Path(__file__).with_name("lightning_ranks.py")
+    command = [sys.executable, str(script), str(tmp_path), kind, "2"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["ranks"] == 2
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["rates"] == second["rates"]
+    plain, rates = digits(2, dtype=torch.float64)
+    assert len(set(rates)) == len(rates)
+    assert first["rates"] == pytest.approx(rates, rel=1e-9)
+    expected = torch.cat([weight.reshape(-1) for weight in plain.values()])
+    assert relative_difference(first["weights"][0], expected) > 1e-2
+    assert relative_difference(first["weights"][-1], expected) < 1e-9
 
 
 @pytest.mark.parametrize("form", [(), ("--optimizers",)], ids=["class", "optimizer and schedule"])
@@ -148,6 +239,94 @@ def test_accelerate(
     plain, rates = digits(4, accumulate=2)
     assert same(weights[0], plain)
     assert [float(line.split()[-1]) for line in shown.splitlines()] == pytest.approx(rates[13::14], rel=1e-2)
+
+
+def linear_regression() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(320, 8)
+    return nn.Linear(8, 1), x, x.sum(1, keepdim=True)
+
+
+def plain_loop(model: nn.Module, x: Tensor, y: Tensor, cosine: bool) -> list[float]:
+    """Four epochs with the two objects: the effective rate after each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    updater = Updater(optimizer, CosineAnnealingLR(optimizer, 80) if cosine else None)
+    mechanic = Mechanic(updater)
+    rates = []
+    for i in range(80):
+        rows = slice(16 * (i % 20), 16 * (i % 20 + 1))
+        updater.zero_grad()
+        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        mechanic.step()
+        updater.step()
+        rates += updater.get_last_lr()
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated")  # Ignite's import of torch's
+def test_ignite(tmp_path: Path) -> None:
+    pytest.importorskip("ignite")
+    from ignite.engine import Engine, Events, create_supervised_trainer
+    from ignite.handlers import Checkpoint, DiskSaver
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model, x, y = linear_regression()
+    rates = plain_loop(model, x, y, cosine=True)
+
+    def build(folder: str) -> tuple[nn.Module, Engine, dict[str, Any], list[float]]:
+        one, *_ = linear_regression()
+        optimizer = mechanize(torch.optim.AdamW)(one.parameters(), lr=1.0)
+        schedule = CosineAnnealingLR(optimizer, 80)
+        trainer = create_supervised_trainer(one, optimizer, nn.functional.mse_loss)
+        seen: list[float] = []
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def step() -> None:
+            schedule.step()
+            seen.extend(optimizer.get_last_lr())
+
+        to_save = {"model": one, "optimizer": optimizer, "schedule": schedule, "trainer": trainer}
+        saver = DiskSaver(str(tmp_path / folder), create_dir=True)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, saver, n_saved=None))
+        return one, trainer, to_save, seen
+
+    batches = DataLoader(TensorDataset(x, y), batch_size=16)
+    whole, trainer, _, seen = build("whole")
+    trainer.run(batches, max_epochs=4)
+    assert same(whole.state_dict(), model.state_dict())
+    assert seen == rates
+    rest, trainer, to_save, seen = build("rest")
+    Checkpoint.load_objects(to_save, torch.load(tmp_path / "whole" / "checkpoint_40.pt", weights_only=True))
+    assert not same(rest.state_dict(), model.state_dict())
+    trainer.run(batches, max_epochs=4)
+    assert same(rest.state_dict(), model.state_dict())
+    assert seen == rates[40:]
+
+
+def test_keras() -> None:
+    keras = pytest.importorskip("keras")
+    model, x, y = linear_regression()
+
+    class Tuned(keras.Sequential):
+        def train_step(self, data: Any) -> dict[str, Any]:
+            image, target = data
+            self.zero_grad()
+            loss = self.compute_loss(y=target, y_pred=self(image, training=True))
+            loss.backward()
+            self.tuned.step()
+            rates.extend(self.tuned.get_last_lr())
+            return {"loss": loss, "lr": self.tuned.updater.scale}
+
+    rates: list[float] = []
+    tuned: Any = Tuned([keras.Input((8,)), keras.layers.Dense(1)])
+    tuned.set_weights([parameter.detach().t().numpy() for parameter in model.parameters()])
+    tuned.tuned = mechanize(torch.optim.AdamW)(tuned.parameters(), lr=1.0)
+    tuned.compile(loss="mse")
+    shown = tuned.fit(x.numpy(), y.numpy(), batch_size=16, epochs=4, shuffle=False, verbose=0).history["lr"]
+    assert shown == pytest.approx(rates[19::20])
+    assert rates == pytest.approx(plain_loop(model, x, y, cosine=False), rel=1e-3)
+    for theirs, ours in zip(tuned.trainable_variables, model.parameters(), strict=True):
+        torch.testing.assert_close(theirs.value.detach().t(), ours.detach(), rtol=1e-3, atol=1e-4)
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -92,7 +92,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
 
     config_class, base_init, base_step = OPTIMIZERS[name]
     config = config_class(**options)
-    init, step = mechanize(base_step, TunerConfig(**tuner))
+    init, step = mechanize(base_step, TunerConfig(**tuner), lr=config.lr)
     ours = start
     state = init(ours, base_init(ours, config))
     done = 0
@@ -105,7 +105,8 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
         else:
             done += 1
         ours, state = changed(new, t), new_state
-        assert float(state.scale) == pytest.approx(scales[t], rel=1e-10, abs=1e-300)
+        if t > 0 or "rule" in tuner or "s_init" in tuner:  # else Mechanic logs before the first update is known
+            assert float(state.scale) == pytest.approx(scales[t], rel=1e-10, abs=1e-300)
     assert distance(ours, theirs) <= 1e-12
     assert float(state.scale) == pytest.approx(scales[-1], rel=1e-12)
 
@@ -114,7 +115,7 @@ def make_training():
     """``begin(stretch)`` and ``train(params, state, lr, t)`` of one model."""
     start, loss = make_problem()
     config = AdamConfig(lr=1.0)
-    init, step = mechanize(adamw_step, TunerConfig(s_init=1e-4))
+    init, step = mechanize(adamw_step)
 
     def begin(stretch):
         params = {name: p * stretch for name, p in start.items()}
@@ -204,7 +205,7 @@ def test_compiles_under_vmap_in_one_graph():
 def test_exports():
     start, loss = make_problem()
     config = AdamConfig(lr=1.0)
-    init, step = mechanize(adamw_step, TunerConfig(s_init=1e-4))
+    init, step = mechanize(adamw_step)
 
     class Step(torch.nn.Module):
         def forward(self, params, grads, state):

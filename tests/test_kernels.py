@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import OPTIMIZERS, relative_difference
+from problems import OPTIMIZERS, batch, flat, make_net, relative_difference
 from torch import Tensor, nn
 
-from manic import Mechanic, Updater
+from manic import Mechanic, Updater, mechanize
 from manic.kernels import choose, compiled, plain
+from manic.mechanic import _tune
+from manic.tuner import Sums, TunerConfig, init, update
 
 SIZES = [1, 2, 17, 1000, (1 << 18) - 1, 1 << 18, (1 << 18) + 5]
 needs_compiler = pytest.mark.skipif(not compiled.can_take(torch.zeros(2)), reason="no compiler")
@@ -128,7 +130,7 @@ def test_the_form_is_chosen_by_size_and_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MANIC_KERNELS", "plain")
     assert choose(x, 1 << 30) is plain
     monkeypatch.setenv("MANIC_KERNELS", "fast")
-    with pytest.raises(ValueError, match="MANIC_KERNELS is 'fast'; expected plain, compiled, or not to be set"):
+    with pytest.raises(ValueError, match="'fast'; expected plain, compiled, triton, fused, or not to be set"):
         choose(x, 1)
 
 
@@ -141,3 +143,60 @@ def test_without_a_working_compiler_the_plain_form_goes_on(monkeypatch: pytest.M
     x, g, reference, delta = tensors(100, torch.float32)
     assert torch.equal(compiled.sums(x, g, reference, delta), plain.sums(x, g, reference, delta))
     assert not compiled.can_take(x)
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_a_loop_under_torch_compile(drop_in: bool) -> None:
+    """torch.compile makes one graph, the forward pass, and none of the steps; the result is that of a plain loop."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def run(compiles: bool) -> Tensor:
+        model = make_net()
+        if drop_in:
+            optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(model.parameters(), lr=1.0)
+        else:
+            optimizer = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
+            mechanic = Mechanic(optimizer, s_init=1e-3)
+
+        def train_step(x: Tensor, y: Tensor) -> None:
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            if not drop_in:
+                mechanic.step()
+            optimizer.step()
+
+        step = torch.compile(train_step, backend=backend) if compiles else train_step
+        for i in range(8):
+            step(*batch(i))
+        return flat(model)
+
+    torch._dynamo.reset()
+    expected = run(False)
+    assert relative_difference(expected, flat(make_net())) > 1e-4
+    assert relative_difference(run(True), expected) < 1e-12
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+@needs_compiler
+def test_the_tuner_in_one_launch() -> None:
+    """As it runs on accelerators; here the compiled function is compared with the plain one."""
+    config = TunerConfig(max_scale=1.0, s_init=1e-3)
+    betas = torch.tensor(config.betas, dtype=torch.float64)
+    state = init(config)
+    for h in (0.1, -0.2, -0.3):
+        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config)
+    for h in (0.3, torch.nan):
+        sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config)
+        got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
+        assert bool(got[1]) == (h == 0.3)
+        for a, b in zip(got[2], want[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+        torch.testing.assert_close(got[3], want[3], rtol=1e-14, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import manic
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import torch, manic
@@ -35,6 +37,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     assert "manic/opt_list/nadamw.csv" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"manic"}  # no examples, no tests
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
+    assert f"Version: {manic.__version__}\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
     done = subprocess.run(

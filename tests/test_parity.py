@@ -30,13 +30,13 @@ def assert_moved(start: torch.Tensor, end: torch.Tensor, hs: list[float], scale:
 
 
 def run_manic(
-    optimizer: str, scheduler: str, *, store_delta: bool, rule: str, s_decay: float
+    optimizer: str, scheduler: str, *, store_delta: bool, rule: str, s_decay: float, s_init: float | None = S_INIT
 ) -> tuple[torch.Tensor, float]:
     model = make_net()
     start, hs = flat(model), []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
-    mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=S_INIT, log_func=lambda d: hs.append(float(d["h"])))
+    mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
         backward(model, step)
         mechanic.step()
@@ -45,10 +45,8 @@ def run_manic(
     return flat(model), float(mechanic.scale)
 
 
-def drive(
-    optimizer: str, scheduler: str, tune: Callable[[list[float], list[float], list[float]], list[float]]
-) -> torch.Tensor:
-    """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u)`` returns for x."""
+def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]]) -> torch.Tensor:
+    """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u, factor)`` returns for x."""
     model = make_net()
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     schedule = SCHEDULERS[scheduler](base)
@@ -56,9 +54,10 @@ def drive(
         backward(model, step)
         x = flat(model)
         g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])
+        factor = base.param_groups[0]["lr"] / 0.5
         base.step()
         u = flat(model) - x
-        new = torch.tensor(tune(x.tolist(), g.tolist(), u.tolist()), dtype=torch.float64)
+        new = torch.tensor(tune(x.tolist(), g.tolist(), u.tolist(), factor), dtype=torch.float64)
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(new, list(model.parameters()))
         if schedule is not None:
@@ -67,14 +66,20 @@ def drive(
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("rule", ["paper", "mechanic_pytorch", "manic", "optax"])
+@pytest.mark.parametrize(
+    ("rule", "s_decay", "s_init"),
+    [
+        *((rule, 1e-2, S_INIT) for rule in ("paper", "mechanic_pytorch", "optax", "manic")),
+        ("manic", 0.0, None),
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
-def test_oracle(optimizer: str, scheduler: str, rule: str) -> None:
+def test_oracle(optimizer: str, scheduler: str, rule: str, s_decay: float, s_init: float | None) -> None:
     betas = [0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999]
-    name = "mechanic_pytorch" if rule == "manic" else rule
-    oracle = Oracle(flat(make_net()).tolist(), name, betas=betas, lam=1e-2, s_init=S_INIT, eps=1e-8)
+    eps = 0.0 if rule == "manic" else 1e-8
+    oracle = Oracle(flat(make_net()).tolist(), rule, betas=betas, lam=s_decay, s_init=s_init, eps=eps)
     expected = drive(optimizer, scheduler, oracle.step)
-    parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=1e-2)
+    parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=s_decay, s_init=s_init)
     assert relative_difference(parameters, expected) < TOLERANCE
     assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
 
@@ -114,7 +119,7 @@ def test_optax(optimizer: str, scheduler: str) -> None:
     state = published.init(jnp.asarray(flat(make_net()).numpy()))
     update = jax.jit(lambda g, state, x, u: published.update(g, state, x, u=u))
 
-    def tune(x: list[float], g: list[float], u: list[float]) -> list[float]:
+    def tune(x: list[float], g: list[float], u: list[float], factor: float) -> list[float]:
         nonlocal state
         change, state = update(np.array(g), state, np.array(x), np.array(u))
         return (np.array(x) + np.asarray(change)).tolist()

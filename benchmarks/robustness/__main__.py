@@ -55,21 +55,25 @@ def starts(plan: Plan) -> list[Job]:
 
 
 def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
-    """What a plan needs: task by task, the cheap ones first, the tuned runs and manic's; then the other methods'."""
-    jobs, others = starts(plan), []
+    """What a plan needs, cheap tasks first: the start, the tuned runs and manic's; after them the other methods."""
+    jobs, after = starts(plan), []
     for task in sorted(plan.tasks, key=lambda task: task not in CHEAP):
         for base in plan.bases:
             for schedule in plan.schedules:
                 run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
                 runs = tuple(run._replace(lr=lr, seed=seed) for lr in grid(base) for seed in plan.seeds)
                 jobs.append(Job(runs, widen=True))
-                for name in methods:
-                    method = METHODS[name]
-                    if base in method.bases and schedule in method.schedules:
-                        run = run._replace(method=name, lr=method.lr)
-                        part = jobs if name == "manic" else others
-                        part += [Job((run._replace(seed=seed),)) for seed in plan.seeds]
-    return jobs + sorted(others, key=lambda job: list(METHODS).index(job.runs[0].method))
+        for name in methods:
+            method = METHODS[name]
+            (jobs if name == "manic" else after).extend(
+                Job((Run(task, base, schedule, name, method.lr, plan.steps, seed),))
+                for base in method.bases
+                for schedule in method.schedules
+                for seed in plan.seeds
+                if base in plan.bases and schedule in plan.schedules
+            )
+    jobs += after
+    return jobs
 
 
 def jobs_of_indifference(plan: Plan, methods: Iterable[str]) -> list[Job]:

@@ -1,18 +1,21 @@
 """The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + scale · Δ.
 
 This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
-temporary of that size.
+temporary of that size. Offloaded, x_ref and Δ are in host memory and cross the bus block by block, in order with the
+device's work and without the host waiting for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
-from manic.kernels import choose
+from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
@@ -26,21 +29,24 @@ class Slot:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
+        offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
     """
 
-    def __init__(self, parameter: Tensor, *, store_delta: bool) -> None:
+    def __init__(self, parameter: Tensor, *, store_delta: bool, offload: bool) -> None:
         self.parameter = parameter
+        self.offload = offload
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self.reference = self.x().clone()
-        self.delta = torch.zeros_like(self.reference, dtype=_wide(real.dtype)) if store_delta else None
+        self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
+        self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
-        self.address = 0
+        self.address: int = 0
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
+        self.settle()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
@@ -62,7 +68,7 @@ class Slot:
         Returns:
             Whether Δ had to be given up.
         """
-        x = self.x()
+        x = self.x().cpu() if self.offload else self.x()
         lost = self.delta is None and self._version is not None
         self.reference = self.reference.to(x)
         if self.delta is not None:
@@ -100,6 +106,16 @@ class Slot:
             )
         return None if gradient is None else self._flat(gradient)
 
+    def is_dense(self) -> bool:
+        """Whether the parameter's elements lie side by side in memory."""
+        x = self.x()
+        return x.is_contiguous() and x.data_ptr() == self.address
+
+    def settle(self) -> None:
+        """Wait until what the device has still to write to host memory is there."""
+        if self.offload:
+            local(self.parameter).new_zeros(()).item()
+
     def write(self, x: Tensor) -> None:
         """Set the parameter from a 1-d tensor."""
         local(self.parameter).copy_(self._shaped(x))
@@ -115,6 +131,11 @@ class Slot:
         if self.delta is not None:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
         self._version = None
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        device = local(self.parameter).device
+        pin = self.offload and device.type == "cuda"
+        return torch.empty(numel, dtype=dtype, device="cpu" if self.offload else device, pin_memory=pin)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         return _real(tensor).permute(self._order).reshape(-1)
@@ -145,27 +166,36 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], share: float, total: int) -> None:
         self._slots = slots
+        self.device = local(slots[0].parameter).device
         self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
         self.share = share
-        self.reference, self.delta = slots[0].reference, slots[0].delta
+        self.reference: Tensor = slots[0].reference
+        self.delta = slots[0].delta
         if len(slots) > 1:
-            self.reference = torch.cat([slot.reference for slot in slots])
+            slots[0].settle()
+            self.reference = _joined([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
-            self.delta = torch.cat(deltas) if deltas else None
+            self.delta = _joined(deltas) if deltas else None
             for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
-        self.kernels = choose(self.reference, total)
+        on_host = self.reference.device != self._flat[0].device
+        self.kernels: ModuleType = plain if on_host else choose(self.reference, total)
 
-    def values(self, *, copy: bool = False) -> Tensor:
+    def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
         flat = [part if view else slot.x() for part, view, slot in parts]
-        if len(flat) > 1:
-            return torch.cat(flat)
-        return flat[0].clone() if copy else flat[0]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def backup(self) -> Tensor:
+        """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
+        x = self.values()
+        if x is not self._flat[0] and x.device == self.reference.device:
+            return x  # gathered, and so a copy already
+        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
 
     def gradients(self) -> Tensor | None:
         """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
@@ -175,6 +205,39 @@ class Bucket:
         pairs = zip(gradients, self._flat, strict=True)
         flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def sums(self) -> Tensor:
+        """The four sums over them, shape (4,)."""
+        return self.kernels.sums(self.values(), self.gradients(), self.reference, self.delta)
+
+    def forget(self) -> None:
+        """Parameters were changed by others."""
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(self.values(), self.reference)]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.reference.copy_(self.values())
+        if self.delta is not None:
+            self.delta.zero_()
+
+    def restore(self, before: Tensor | None, scale: Tensor) -> None:
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
+        if self.delta is not None:
+            self.put(point(self.reference, self.delta, scale.to(self.reference.device)))
+        elif before is not None:
+            self.put(before)
+
+    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+        """See `Displacement.move`."""
+        x = self.values()
+        self.kernels.move(x, self.reference, self.delta, before, old, new, eps)
+        if before is not None and finite is not None:
+            for now, then in plain.blocks(x, before):
+                now.copy_(torch.where(finite, now, plain.fetch(then, now)))
+        self.put(x)
 
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
@@ -188,11 +251,110 @@ class Bucket:
             slot.stamp()
 
 
+class Batch:
+    """Parameters that the passes treat in one launch, where they are: see `kernels.triton`. Used as a `Bucket` is.
+
+    Args:
+        slots: of dense parameters on one device, of one dtype.
+        share: the weight of this rank's sums over them, see `Reduction`.
+
+    Attributes:
+        table: where the tensors are.
+    """
+
+    def __init__(self, slots: list[Slot], share: float) -> None:
+        from manic.kernels.triton import Table
+
+        self._slots = slots
+        self.device = slots[0].reference.device
+        self.share = share
+        self._strides = [local(slot.parameter).stride() for slot in slots]
+        deltas = [slot.delta for slot in slots if slot.delta is not None]
+        self.table = Table([slot.x() for slot in slots], [slot.reference for slot in slots], deltas or None)
+        self._one_pass: Any = None
+
+    def gradients(self) -> list[Tensor | None]:
+        """Their gradients, in memory of the order of the parameters'."""
+        gradients: list[Tensor | None] = []
+        for slot, strides in zip(self._slots, self._strides, strict=True):
+            gradient = local_gradient(slot.parameter)
+            if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != strides):
+                gradient = slot.gradient()
+                gradient = None if gradient is None else gradient.contiguous()
+            gradients.append(gradient)
+        return gradients
+
+    def sums(self) -> Tensor:
+        """The four sums over them, shape (4,)."""
+        return self.table.sums(self.gradients())
+
+    def forget(self) -> None:
+        """Parameters were changed by others."""
+        self.table.carried = False
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return [(slot.x(), slot.reference) for slot in self._slots]
+
+    def recentre(self) -> None:
+        """See `Displacement.recentre`."""
+        self.forget()
+        torch._foreach_copy_([slot.reference for slot in self._slots], [slot.x() for slot in self._slots])  # type: ignore
+        for slot in self._slots:
+            if slot.delta is not None:
+                slot.delta.zero_()
+
+    def backup(self) -> Tensor:
+        """A copy of the parameters."""
+        return self.table.copy()
+
+    def restore(self, before: Tensor | None, scale: Tensor) -> None:
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
+        self.forget()
+        parts = [None] * len(self._slots) if before is None else self.table.parts(before)
+        for slot, part in zip(self._slots, parts, strict=True):
+            x = part if slot.delta is None else point(slot.reference, slot.delta, scale)
+            if x is not None:
+                slot.write(x)
+            slot.stamp()
+
+    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+        """See `Displacement.move`."""
+        finite = self.table.true if finite is None else finite
+        self.table.move(before, old if self.table.stored else old + eps, new, finite)
+        self._stamp()
+
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, float, Tensor], None] | None:
+        """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
+        from manic.kernels.fused import OnePass, rule_of
+
+        rule = rule_of(optimizer)
+        if rule is None:
+            return None
+        if self._one_pass is None:
+            self._one_pass = OnePass(self.table, [slot.parameter for slot in self._slots])
+        one_pass, gradients = self._one_pass, self.gradients()
+        if not one_pass.prepare(optimizer, rule, gradients):
+            return None
+
+        def step(old: Tensor, new: Tensor, eps: float, finite: Tensor) -> None:
+            one_pass.run(optimizer, rule, gradients, old if self.table.stored else old + eps, new, finite)
+            self._stamp()
+
+        return step
+
+    def _stamp(self) -> None:
+        for slot in self._slots:  # kernels write unseen by autograd, which would go on with the graph of the old x
+            torch.autograd.graph.increment_version(local(slot.parameter))
+            slot.stamp()
+
+
 class Displacement:
     """x_ref and Δ of a set of parameters.
 
     Args:
         store_delta: keep Δ (two copies of the model in all), or recompute it as (x - x_ref)/(scale + eps) (one).
+        offload: keep them in host memory.
         process_group: see `Reduction`.
 
     Attributes:
@@ -201,14 +363,15 @@ class Displacement:
         eps: ε of the recomputed Δ.
     """
 
-    def __init__(self, *, store_delta: bool, process_group: Any = None) -> None:
+    def __init__(self, *, store_delta: bool, offload: bool = False, process_group: Any = None) -> None:
         self.store_delta = store_delta
+        self.offload = offload
         self.process_group = process_group
-        self.eps = 1e-8
+        self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined = False
+        self.joined: bool = False
         self._reduction: Reduction | None = None
-        self._buckets: list[Bucket] = []
+        self._buckets: list[Bucket | Batch] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,7 +391,7 @@ class Displacement:
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        lost = self.joined = False
+        lost = self.joined = touched = False
         active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
@@ -237,15 +400,19 @@ class Displacement:
                     slot.leave()
                 continue
             if slot is None:
-                slot = self.slots[parameter] = Slot(parameter, store_delta=self.store_delta)
+                slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
             elif changed or slot.is_changed():
                 lost |= slot.keep_change(scale)
+                touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
         if key != self._key or self._reduction is None:
             self._reduction = Reduction(parameters, self.process_group)
             self._buckets, self._key = _pack(active, self._reduction), key
+        if touched:
+            for bucket in self._buckets:
+                bucket.forget()
         return lost
 
     def sums(self, scale: Tensor) -> Sums:
@@ -258,10 +425,13 @@ class Displacement:
             ValueError: a gradient is sparse.
         """
         assert self._reduction is not None
-        total = scale.new_zeros(4)
-        for bucket in self._buckets:
-            part = bucket.kernels.sums(bucket.values(), bucket.gradients(), bucket.reference, bucket.delta)
-            total.add_(part.to(scale), alpha=bucket.share)
+        parts = [(bucket.sums().to(scale), bucket.share) for bucket in self._buckets]
+        if len(parts) == 1 and parts[0][1] == 1:
+            total = parts[0][0]
+        else:
+            total = scale.new_zeros(4)
+            for part, share in parts:
+                total.add_(part, alpha=share)
         delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
@@ -269,7 +439,7 @@ class Displacement:
 
     def begin(self) -> list[Tensor] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
-        return None if self.store_delta else [bucket.values(copy=True) for bucket in self._buckets]
+        return None if self.store_delta else [bucket.backup() for bucket in self._buckets]
 
     def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
         """Undo what a base step that failed did to the parameters.
@@ -279,10 +449,7 @@ class Displacement:
             scale: the scale in force, 0-d.
         """
         for i, bucket in enumerate(self._buckets):
-            if bucket.delta is not None:
-                bucket.put(point(bucket.reference, bucket.delta, scale.to(bucket.reference.device)))
-            elif before is not None:
-                bucket.put(before[i])
+            bucket.restore(None if before is None else before[i], scale.to(bucket.device))
 
     def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
         """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
@@ -294,16 +461,50 @@ class Displacement:
             finite: 0-d bool, ``False`` if the base step was skipped on the device, and x has to stay as it is.
         """
         for i, bucket in enumerate(self._buckets):
-            x = bucket.values()
-            old, new = old_scale.to(x.device), scale.to(x.device)
+            old, new = old_scale.to(bucket.device), scale.to(bucket.device)
             start = None if before is None else before[i]
-            bucket.kernels.move(x, bucket.reference, bucket.delta, start, old, new, self.eps)
-            if start is not None and finite is not None:
-                x.copy_(torch.where(finite.to(x.device), x, start))
-            bucket.put(x)
+            bucket.move(start, old, new, self.eps, None if finite is None else finite.to(bucket.device))
+
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+        """The base optimizer's step and the move in one pass.
+
+        Returns:
+            A function of the scale in force, the scale from now on, and whether the step is finite (0-d tensors; if
+            not, nothing changes), or ``None`` if the base is not one that is covered, or has to set up state first.
+        """
+        plans = []
+        for bucket in self._buckets:
+            plan = bucket.plan(optimizer) if isinstance(bucket, Batch) and not self.joined and one_pass() else None
+            if plan is None:
+                return None
+            plans.append((bucket.device, plan))
+
+        def step(old: Tensor, new: Tensor, finite: Tensor) -> None:
+            for device, plan in plans:
+                plan(old.to(device), new.to(device), self.eps, finite.to(device))
+
+        return step if plans else None
+
+    def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
+        assert self._reduction is not None
+        total = like.new_zeros(3)
+        for bucket in self._buckets:
+            for x, reference in bucket.pairs():
+                before = reference.to(x.device)
+                norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
+                total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
+        return self._reduction(total).unbind()  # type: ignore
+
+    def recentre(self) -> None:
+        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0."""
+        for bucket in self._buckets:
+            bucket.recentre()
 
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
+        for slot in self.slots.values():
+            slot.settle()
         return {
             i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)
@@ -336,28 +537,44 @@ class Displacement:
         self.slots = {}
         self._buckets, self._key = [], []
         for i, tensors in state.items():
-            slot = self.slots[parameters[i]] = Slot(parameters[i], store_delta=self.store_delta)
+            slot = self.slots[parameters[i]] = self._slot(parameters[i])
             slot.load(tensors)
 
+    def _slot(self, parameter: Tensor) -> Slot:
+        return Slot(parameter, store_delta=self.store_delta, offload=self.offload)
 
-def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket]:
-    """Large parameters alone, small ones of a device, dtype and share together until they are large."""
+
+def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
+    """Who is treated together.
+
+    In a batch, all of a device, dtype and share; else large parameters alone, and small ones until they are large.
+    """
     total: dict[torch.device, int] = {}
     done: list[tuple[list[Slot], float]] = []
-    growing: dict[tuple[torch.device, torch.dtype, float], list[Slot]] = {}
+    growing: dict[Any, list[Slot]] = {}
+    batches: dict[Any, list[Slot]] = {}
     for slot in active:
-        reference, share = slot.reference, reduction.share(slot.parameter)
-        total[reference.device] = total.get(reference.device, 0) + reference.numel()
+        reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
+        kind = (device, reference.dtype, share)
+        if not slot.offload and in_tables(local(slot.parameter)) and slot.is_dense():
+            batches.setdefault(kind, []).append(slot)
+            continue
+        total[device] = total.get(device, 0) + reference.numel()
         if reference.numel() >= PACK:
             done.append(([slot], share))
             continue
-        kind = (reference.device, reference.dtype, share)
         pack = growing.setdefault(kind, [])
         pack.append(slot)
         if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
             done.append((growing.pop(kind), share))
     done += [(pack, share) for (_, _, share), pack in growing.items()]
-    return [Bucket(slots, share, total[slots[0].reference.device]) for slots, share in done]
+    buckets = [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
+    return [*(Batch(slots, share) for (_, _, share), slots in batches.items()), *buckets]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    whole = torch.cat(parts)
+    return whole.pin_memory() if any(part.is_pinned() for part in parts) else whole
 
 
 def _real(tensor: Tensor) -> Tensor:

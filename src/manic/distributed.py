@@ -6,6 +6,7 @@ part is weighted by its share; one all-reduce of four numbers then gives every r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ def spread(part: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like: Any = parameter
+    if part.device.type != like.device_mesh.device_type:  # offloaded; from_local would move it to the mesh's devices
+        spec = replace(like._spec, tensor_meta=like._spec.tensor_meta._replace(dtype=part.dtype))
+        make: Any = DTensor
+        return make(part, spec, requires_grad=False)
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import tuner
-from manic.tuner import BETAS, TunerConfig, TunerState
+from manic.kernels.compiled import one_launch, outside_graphs
+from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import STATE_VERSION, Updater, check_version
 
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 
 
 class Mechanic:
@@ -64,7 +66,7 @@ class Mechanic:
         *,
         rule: str = "manic",
         betas: Sequence[float] = BETAS,
-        s_decay: float = 1e-2,
+        s_decay: float | None = None,
         s_init: float | None = None,
         eps: float = 1e-8,
         max_scale: float | None = None,
@@ -113,6 +115,7 @@ class Mechanic:
         """The scale, once per parameter group; reads it from its device. See `Updater.get_last_lr` for the rates."""
         return [float(self.scale)] * len(self.updater.param_groups)
 
+    @outside_graphs
     @torch.no_grad()
     def step(self) -> None:
         """Compute the scale of the coming ``updater.step()`` from the parameters and their gradients.
@@ -128,25 +131,29 @@ class Mechanic:
         self._to(scale)
         if not self.updater._pending:
             self._steps += 1
-            for old, tensor in zip(self._previous, self._state, strict=True):
-                old.copy_(tensor)
+            torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
         config = self._config
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
-        h = tuner.inner_product(sums, scale, config)
-        finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
+        tune = one_launch(_tune) if scale.is_cuda else _tune
+        h, finite, after, total = tune(sums, scale, self._previous, self._betas, config)
         if self.updater.nonfinite == "raise" and not finite:
             raise FloatingPointError(
                 f"At step {self._steps} the gradient's norm is {float(sums.grad_square.sqrt())} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
-        after = tuner.update(self._previous, h, self._betas, config)
-        for tensor, new, old in zip(self._state, after, self._previous, strict=True):
-            tensor.copy_(torch.where(finite, new, old))
+        torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        self.updater._propose(self._state.scales.sum(), finite)
+        recentre = tuner.recentres(self.updater._steps + 1, config)
+        begin = partial(self._begin, config) if recentre and config.s_init is None else None
+        self.updater._propose(total, finite, begin, recentre)
         self._log(h)
+
+    def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
+        """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
+        self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
+        return self._state.scales.sum()
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -181,7 +188,7 @@ class Mechanic:
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
-        self.check_state(state_dict)
+        self._check_state(state_dict)
         self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
         self._skipped.copy_(state_dict["skipped"])
@@ -189,7 +196,7 @@ class Mechanic:
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
 
-    def check_state(self, state_dict: dict[str, Any]) -> None:
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
         check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
         n = len(state_dict["config"]["betas"])
@@ -200,7 +207,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
-        self.updater.displacement.eps = config.eps
+        self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps
 
     def _to(self, like: Tensor) -> None:
         if self._betas.device != like.device:
@@ -226,3 +233,14 @@ class Mechanic:
                 "skipped": self._skipped.clone(),
             }
         )
+
+
+def _tune(
+    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig
+) -> tuple[Tensor, Tensor, TunerState, Tensor]:
+    """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
+    h = tuner.inner_product(sums, scale, config)
+    finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
+    after = tuner.update(state, h, betas, config)
+    after = TunerState(*(torch.where(finite, new, old) for new, old in zip(after, state, strict=True)))
+    return h, finite, after, after.scales.sum()

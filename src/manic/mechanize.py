@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
+from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
 from manic.updater import Updater, check_kind, copied, keep_dtypes
@@ -28,11 +29,12 @@ def mechanize(
     *,
     rule: str = "manic",
     betas: Sequence[float] = BETAS,
-    s_decay: float = 1e-2,
+    s_decay: float | None = None,
     s_init: float | None = None,
     eps: float = 1e-8,
     max_scale: float | None = None,
     store_delta: bool = True,
+    cpu_offload: bool = False,
     internal_lr: float | None = 1.0,
     nonfinite: str = "skip",
     process_group: Any = None,
@@ -48,7 +50,7 @@ def mechanize(
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
         rule, betas, s_decay, s_init, eps, max_scale, log_func, log_every: see `Mechanic`.
-        store_delta, internal_lr, nonfinite, process_group: see `Updater`.
+        store_delta, cpu_offload, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
         A subclass of ``base``, called with the arguments of ``base``.
@@ -74,6 +76,7 @@ def mechanize(
     check_kind(base)
     updater = {
         "store_delta": store_delta,
+        "cpu_offload": cpu_offload,
         "internal_lr": internal_lr,
         "nonfinite": nonfinite,
         "process_group": process_group,
@@ -136,6 +139,7 @@ class _Mechanized(Optimizer):
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
         return self.updater.get_last_lr()
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the tuner and the base optimizer.
 
@@ -182,9 +186,8 @@ class _Mechanized(Optimizer):
                 f"{self._base.__name__}. To go on from a plain one, load it before mechanizing, and start tuning anew."
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
-        tuner, unit = TunerState(*mechanic["tuner"]), mechanic["unit"]
-        mechanic["tuner"] = tuner._asdict()
-        self.mechanic.check_state(mechanic)
+        mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
+        self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         places = {key: i for i, key in enumerate(keys)}
         ours, base_state = _divide(state_dict["state"])
@@ -195,7 +198,9 @@ class _Mechanized(Optimizer):
         super().load_state_dict(base)
         keep_dtypes(self, base, displacement)
         self.mechanic.load_state_dict(mechanic)
-        self.updater._load_tuning(tuner.scales.sum(), unit, displacement)
+        steps = mechanic["steps"] - int(mechanic["skipped"])
+        scale = mechanic["tuner"]["scales"].sum()
+        self.updater._load_tuning(scale, mechanic["unit"], steps, displacement)
         self._mirrored = 0
         self._mark_groups()
 
@@ -241,6 +246,15 @@ class _Base:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._outer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self._outer.state
+
+    @property
+    def covered_class(self) -> type | None:
+        """The class whose step may be taken without calling it: not while x_ref and Δ wait for being mirrored."""
+        return self._outer._base if self._outer._mirrored == len(self._outer.updater.displacement.slots) else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         outer: Any = self._outer

@@ -10,6 +10,11 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
     s_{t+1} = W_t / (sqrt(v_t) + ε)                         (6)
     x_{t+1} = x_ref + (Σ_i s_{t+1,i}) Δ_{t+1}               (7)  in `displacement.py`
 
+and, under the rule ``manic`` only::
+
+    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
+    x_ref ← x_{t+1},  Δ_{t+1} ← 0   if t = 1, 2, 4, 8, …    (9)  in `recentres`
+
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
 ======  ===============  =========  =============================================================
@@ -20,7 +25,9 @@ v       ``sum_squares``  (..., n)   decayed sum of h²
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
-s_init  ``s_init``       number     start of the wealth W, an underestimate of the scale
+s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
+f       factor           (...)      the schedule's factor: the learning rate over its initial value
+N       count            number     how many elements x has
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -36,7 +43,19 @@ What each rule does that the paper as printed does not:
   agree exactly at λ = 0 only.
 - ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
-- ``manic``, the default: equal to ``mechanic_pytorch``.
+- ``manic``, the default: m takes abs h and starts at 0, λ is 0, there is no ε, and s stays as it is until the first h
+  that is not 0. A run is then the same whatever unit the learning rate or the loss is in. Three more changes are each
+  for a measured fault of the published rule (``docs/quality.md``):
+
+  - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
+    most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
+    first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
+    having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
+  - The reference point moves to where the parameters are whenever the number of steps doubles (9); the tuner goes on.
+    With a fixed x_ref, <Δ, g> < 0 only says that the way from the start is still downhill, which it is long after
+    steps have become too large: s then overshoots by 2 to 3 times. From a recent x_ref it says that the last half of
+    the steps were too short. The bound of the paper holds between two such moves, not across them.
+  - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
 from __future__ import annotations
@@ -44,13 +63,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
+FIRST_STAKE = 30  # κ: the first scale, in s_init
+LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +82,9 @@ class TunerConfig:
     Args:
         rule: one of ``RULES``; which published form to follow (see the module's list).
         betas: β, the decay rates of the tuner's memories, each in [0, 1).
-        s_decay: λ ≥ 0, the weight of the decay term inside h.
-        s_init: s_init > 0; ``None`` takes the rule's own, 1e-8 (``optax``: 1e-6).
-        eps: ε > 0.
+        s_decay: λ ≥ 0, the weight of the decay term inside h; ``None`` takes the rule's own, 0 (published ones: 1e-2).
+        s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
+        eps: ε > 0, of the published rules.
         max_scale: the largest scale allowed, or ``None``.
 
     Raises:
@@ -75,7 +97,7 @@ class TunerConfig:
 
     rule: str = "manic"
     betas: Sequence[float] = BETAS
-    s_decay: float = 1e-2
+    s_decay: float | None = None
     s_init: float | None = None
     eps: float = 1e-8
     max_scale: float | None = None
@@ -86,7 +108,9 @@ class TunerConfig:
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
         if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
-        if self.s_init is None:
+        if self.s_decay is None:
+            object.__setattr__(self, "s_decay", 0.0 if self.rule == "manic" else 1e-2)
+        if self.s_init is None and self.rule != "manic":
             object.__setattr__(self, "s_init", 1e-6 if self.rule == "optax" else 1e-8)
         for name, low in (("s_init", "> 0"), ("eps", "> 0"), ("s_decay", ">= 0"), ("max_scale", "> 0")):
             value = getattr(self, name)
@@ -100,12 +124,13 @@ class TunerConfig:
 
 
 class TunerState(NamedTuple):
-    """What the tuner remembers: four tensors of shape (..., n), see the module's table."""
+    """What the tuner remembers: five tensors of shape (..., n), see the module's table."""
 
     scales: Tensor
     reward: Tensor
     max_product: Tensor
     sum_squares: Tensor
+    start: Tensor
 
 
 class Sums(NamedTuple):
@@ -124,14 +149,49 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         >>> init(TunerConfig(betas=(0.9, 0.99))).scales
         tensor([0., 0.], dtype=torch.float64)
     """
-    zero = torch.zeros(len(config.betas), device=device, dtype=dtype)
-    s, m = zero.clone(), zero.clone()
+    n = len(config.betas)
+    zero = torch.zeros(n, device=device, dtype=dtype)
+    s, m, start = zero.clone(), zero.clone(), torch.full_like(zero, (config.s_init or 0) / n)
     if config.rule == "optax":
-        assert config.s_init is not None
-        s.fill_(config.s_init)
-    elif config.rule != "paper":
+        s = start * n
+    elif config.rule == "manic":
+        s = start.clone()
+    elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, zero.clone(), m, zero)
+    return TunerState(s, zero.clone(), m, zero, start)
+
+
+def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
+    """Find s_init, equation (8), if it is not known yet and there is an update to find it from.
+
+    Args:
+        state: before, or when s_init is not known just after, `update`.
+        param_norm: ‖x_t‖, of shape (...).
+        update_norm: ‖u_t / f_t‖, of the same shape.
+        count: N, the number of elements of x.
+        config: gives the cap.
+
+    Example:
+        >>> config = TunerConfig()
+        >>> norms = torch.tensor(5.0), torch.tensor(2.0), torch.tensor(25)
+        >>> round(float(begin(init(config), *norms, config).start.sum()), 6)  # ρ · 5 / 2
+        0.0025
+    """
+    size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
+    s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
+    fresh = (state.start == 0) & s_init.isfinite()
+    start = torch.where(fresh, s_init / len(config.betas), state.start)
+    return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
+
+
+def recentres(step: Any, config: TunerConfig) -> Any:
+    """Whether (9) applies after a step, counted from 1; of a number, or element by element of an integer tensor.
+
+    Example:
+        >>> [step for step in range(1, 100) if recentres(step, TunerConfig())]
+        [1, 2, 4, 8, 16, 32, 64]
+    """
+    return config.rule == "manic" and (step & (step - 1)) == 0
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -145,11 +205,14 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     Returns:
         h_t, of shape (...).
     """
+    if config.s_decay == 0:
+        return sums.delta_grad
     norm_x = sums.param_square.sqrt()
-    if config.rule == "paper":
+    if config.rule in ("paper", "manic"):
         norm_x = torch.where(norm_x > 0, norm_x, torch.inf)
     else:
         norm_x = norm_x + config.eps
+    assert config.s_decay is not None
     decay = config.s_decay * scale * sums.grad_square.sqrt() * sums.delta_param / norm_x
     return sums.delta_grad + decay
 
@@ -158,16 +221,16 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> 
     """One step of the tuner, equations (2) to (6). Pure: the arguments are not written.
 
     Args:
-        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, each of shape (..., n).
+        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, each of shape (..., n).
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
-        config: gives s_init, ε, the rule and the cap.
+        config: gives ε, the rule and the cap.
 
     Returns:
-        s_{t+1}, r_t, m_t, v_t.
+        s_{t+1}, r_t, m_t, v_t, s_init / n.
 
     Example:
-        >>> config = TunerConfig()
+        >>> config = TunerConfig(s_init=1e-6)
         >>> betas = torch.tensor(config.betas)
         >>> state = init(config)
         >>> for h in (0.0, -1.0, -1.0):  # h < 0: the displacement points downhill
@@ -175,10 +238,12 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> 
         >>> float(state.scales.sum()) > config.s_init
         True
     """
-    assert config.s_init is not None
-    s, r, m, v = state
+    s, r, m, v, start = state
     h = h.to(s.dtype).unsqueeze(-1)
-    bet = torch.clamp(h, -m, m) if config.rule == "optax" else h
+    bet = h
+    if config.rule in ("optax", "manic"):
+        bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
+        bet = torch.clamp(h, -bound, bound)
 
     if config.rule == "paper":
         m = torch.maximum(betas * m, h)  # (2)
@@ -190,9 +255,15 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> 
     r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
     if config.rule != "optax":
         r = r.clamp(min=0)  # (4)
-    wealth = config.s_init * m / len(config.betas) + r.clamp(min=0)  # (5)
-    s = wealth / (v.sqrt() + config.eps)  # (6)
+    wealth = start * m + r.clamp(min=0)  # (5)
+    if config.rule == "manic":
+        s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
+    else:
+        s = wealth / (v.sqrt() + config.eps)  # (6)
+    return TunerState(_capped(s, config), r, m, v, start)
 
-    if config.max_scale is not None:
-        s = s * (config.max_scale / s.sum(-1, keepdim=True)).clamp(max=1)
-    return TunerState(s, r, m, v)
+
+def _capped(scales: Tensor, config: TunerConfig) -> Tensor:
+    if config.max_scale is None:
+        return scales
+    return scales * (config.max_scale / scales.sum(-1, keepdim=True)).clamp(max=1)

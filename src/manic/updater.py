@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from manic.displacement import Displacement
+from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 1
-logger = logging.getLogger("manic")
+STATE_VERSION = 2
+logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
 SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
@@ -54,6 +55,9 @@ class Updater:
             A ``ReduceLROnPlateau`` needs a metric, so you step that one yourself.
         store_delta: keep Δ beside x_ref (exact, two extra copies of the model), or recompute it from the
             parameters (one copy, and a transient one in `step`).
+        cpu_offload: keep these copies in host memory (pinned, with CUDA), from where every step takes them over the
+            bus in blocks of 16 MiB: the accelerator carries no extra copy, and the run is the same. What
+            ``optimizer.state`` of a mechanized optimizer shows of them may lag behind; its state dict does not.
         internal_lr: the base optimizer steps with every group's lr times internal_lr / (largest initial lr), so that
             the run does not depend on a common factor in lr, not even through rounding. ``None`` steps at the lr
             given, as the published implementations do.
@@ -90,6 +94,7 @@ class Updater:
         lr_scheduler: Any = None,
         *,
         store_delta: bool = True,
+        cpu_offload: bool = False,
         internal_lr: float | None = 1.0,
         nonfinite: str = "skip",
         process_group: Any = None,
@@ -117,13 +122,17 @@ class Updater:
                 f"lr_scheduler schedules another optimizer (a {type(scheduled).__name__}); "
                 "expected one built on the optimizer given."
             )
-        self.base_optimizer = base
+        self.base_optimizer: Optimizer = base
         self.lr_scheduler = lr_scheduler
         self._stepped = optimizer
         self.nonfinite = nonfinite
-        self.displacement = Displacement(store_delta=store_delta, process_group=process_group)
+        self.displacement: Displacement = Displacement(
+            store_delta=store_delta, offload=cpu_offload, process_group=process_group
+        )
         self._claimed = False  # by a Mechanic
-        self._pending = False  # a scale was proposed and waits for `step`
+        self._pending = False  # a scale was proposed and waits for `step`, beside:
+        self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._recentre = False
         self._handed_off = False
         self._warned_of_change = False
         self._check_groups()
@@ -131,6 +140,7 @@ class Updater:
         self._unit = self._find_unit()
         self._unit_is_settled = False
         self._parameter_count = 0
+        self._steps = 0  # taken, as far as the host knows
         device = self._parameters()[0].device
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
@@ -155,6 +165,7 @@ class Updater:
         """The parameters of all groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
         self.base_optimizer.zero_grad(set_to_none)
@@ -184,15 +195,24 @@ class Updater:
             )
         return self.displacement.sums(self._scale), self._scale
 
-    def _propose(self, scale: Tensor, finite: Tensor) -> None:
+    def _propose(
+        self,
+        scale: Tensor,
+        finite: Tensor,
+        begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        recentre: bool = False,
+    ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
         Args:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
+            begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements, see `tuner.begin`.
+            recentre: have `step` move x_ref to the parameters at its end.
         """
         self._next_scale.copy_(scale)
         self._finite.copy_(finite)
+        self._begin, self._recentre = begin, recentre
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
@@ -200,6 +220,7 @@ class Updater:
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the base optimizer's step, move the parameters to x_ref + scale · Δ, and step the schedule.
 
@@ -222,21 +243,31 @@ class Updater:
             raise RuntimeError(
                 "Parameters were added between mechanic.step() and updater.step(). Call mechanic.step() again."
             )
-        on_device = self._base_can_skip()
+        one_pass = self._plan_one_pass() if closure is None else None
+        on_device = self._base_can_skip(one_pass is not None)
         if self.nonfinite == "skip" and not on_device and not bool(self._finite):
             self._pending = False
             logger.warning("A step was skipped: its gradient or h is not finite.")
             return None
 
         with torch.no_grad():
-            before = self.displacement.begin()
+            before = self.displacement.begin() if one_pass is None else None
         try:
             with self._internal_rates(), self._found_inf(on_device):
-                loss = self._stepped.step() if closure is None else self._stepped.step(closure)
+                if one_pass is not None:
+                    loss = one_pass(self._scale, self._next_scale, self._finite)
+                else:
+                    loss = self._stepped.step() if closure is None else self._stepped.step(closure)
             with torch.no_grad():
-                finite = self._finite if on_device else None
-                self.displacement.move(before, self._scale, self._next_scale, finite)
+                if one_pass is None:
+                    finite = self._finite if on_device else None
+                    if self._begin is not None:
+                        self._next_scale.copy_(self._begin(*self._first_sizes()))
+                    self.displacement.move(before, self._scale, self._next_scale, finite)
                 self._scale.copy_(self._next_scale)
+                if self._recentre:
+                    self.displacement.recentre()
+                self._steps += 1
         except BaseException:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
@@ -307,15 +338,29 @@ class Updater:
         """The state after the last complete step, the base optimizer's and the schedule's included.
 
         Plain containers and tensors of its own; ``torch.load(weights_only=True)`` reads it.
+
+        Raises:
+            RuntimeError: the base is a ``ZeroRedundancyOptimizer`` whose state is still spread over the ranks.
         """
         self._check_open()
+        try:
+            base_optimizer = copied(self.base_optimizer.state_dict())
+        except RuntimeError as error:
+            if not hasattr(self.base_optimizer, "consolidate_state_dict"):
+                raise
+            raise RuntimeError(
+                f"The state of the {type(self.base_optimizer).__name__} is spread over the ranks. Call "
+                "updater.base_optimizer.consolidate_state_dict(to=0) on every rank before each save, and "
+                "updater.state_dict() on rank 0 only."
+            ) from error
         return {
             "version": STATE_VERSION,
             "kinds": self._kinds(),
-            "base_optimizer": copied(self.base_optimizer.state_dict()),
+            "base_optimizer": base_optimizer,
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
+            "steps": self._steps,
             "displacement": self.displacement.state(self._parameters()),
         }
 
@@ -327,7 +372,7 @@ class Updater:
         """
         self._check_open()
         check_version(
-            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "displacement")
+            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "steps", "displacement")
         )
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
@@ -342,23 +387,34 @@ class Updater:
             raise ValueError(
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
-        self.base_optimizer.load_state_dict(state_dict["base_optimizer"])
-        keep_dtypes(self.base_optimizer, state_dict["base_optimizer"], state_dict["displacement"])
+        base_optimizer = state_dict["base_optimizer"]
+        # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
+        self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
+        keep_dtypes(self.base_optimizer, base_optimizer, state_dict["displacement"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
-        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["displacement"])
+        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["steps"], state_dict["displacement"])
 
     def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Raise ValueError unless `_load_tuning` can take ``displacement``."""
         names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
         self.displacement.check_state(displacement, self._parameters(), names)
 
-    def _load_tuning(self, scale: Tensor, unit: float, displacement: dict[int, dict[str, Tensor]]) -> None:
-        """Take up a saved scale (in the tuner's units), `unit` and displacement."""
+    def _load_tuning(self, scale: Tensor, unit: float, steps: int, displacement: dict[int, dict[str, Tensor]]) -> None:
+        """Take up a saved scale (in the tuner's units), `unit`, number of steps taken, and displacement."""
+        self._steps = steps
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
+
+    def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
+        factors = [
+            float(group["lr"]) / float(group["initial_lr"]) for group in self.param_groups if group.get("initial_lr")
+        ]
+        param_square, update_square, count = self.displacement.first_sizes(self._scale)
+        return param_square.sqrt(), update_square.sqrt() / (max(factors, default=1.0) or 1.0), count
 
     def _check_open(self) -> None:
         if self._handed_off:
@@ -423,14 +479,29 @@ class Updater:
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
-    def _base_can_skip(self) -> bool:
+    def _plan_one_pass(self) -> Any:
+        """The base step and the move as one pass, see `Displacement.plan`; not if somebody wraps the base's step."""
+        if self._stepped is not self.base_optimizer or self._begin is not None:  # which looks at the base's step
+            return None
+        plan = self.displacement.plan(self.base_optimizer)
+        if plan is not None:
+            optimizer: Any = self.base_optimizer
+            optimizer._opt_called = True  # schedulers look here for whether there was a step
+        return plan
+
+    def _base_can_skip(self, one_pass: bool) -> bool:
         """Whether the coming base step can read on the device that it is to be skipped, as torch's fused ones do.
 
         Not when parameters have just joined: a fused base would set up their state from a gradient that is not finite.
         """
+        if self._finite.device.type == "cpu":
+            return False
+        if one_pass:  # SGD counts no steps
+            return all(
+                group.get("fused") or group.get("capturable") or "momentum" in group for group in self.param_groups
+            )
         return (
-            self._finite.device.type != "cpu"
-            and getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
+            getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in self.param_groups)
             and not self.displacement.joined
         )
@@ -483,12 +554,12 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[
     saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, (key, parameter) in enumerate(zip(saved_keys, parameters, strict=True)):
-        loaded = optimizer.state.get(parameter, {})
+        loaded = optimizer.state.get(parameter) or {}
         for name, value in saved["state"].get(key, {}).items():
             special = (
                 isinstance(value, Tensor) and i in displacement and value.dtype != displacement[i]["reference"].dtype
             )
-            if special and name != "step":
+            if special and name != "step" and name in loaded:
                 loaded[name] = value.to(loaded[name].device, copy=True)
 
 

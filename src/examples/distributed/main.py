@@ -1,9 +1,11 @@
 """The character-level GPT under FSDP2, with checkpoints that any number of ranks can go on from.
 
-    torchrun --nproc-per-node 2 --max-restarts 3 src/examples/distributed/main.py
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 src/examples/distributed/main.py
 
 uses GPUs and nccl where there are, else the CPU and gloo. Kill a rank, or all of them: torchrun starts the ranks again,
-or you do, and training goes on from the last checkpoint.
+or you do, and training goes on from the last checkpoint. The variable gives restarted ranks a store of their own; in
+torchrun's, they may read the addresses of dead ranks, and wait for them (github.com/pytorch/pytorch/issues/135712).
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,6 +38,12 @@ def newest(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
+def check_restarts() -> None:
+    """Refuse a launch whose restarted ranks would look for each other at the addresses of dead ones."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        sys.exit("torchrun was given --max-restarts; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment too.")
+
+
 def main() -> None:
     """Train on this rank, from the newest checkpoint if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,11 +52,12 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/distributed"))
     options = parser.parse_args()
+    check_restarts()
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     print(f"rank {rank} is process {os.getpid()}", flush=True)
 

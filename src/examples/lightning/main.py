@@ -39,11 +39,19 @@ class Digits(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """The loss, logged beside the effective learning rate, a tensor that Lightning reads when it writes a line."""
+        """The loss, logged."""
         loss = self.loss(batch)
-        updater = self.trainer.optimizers[0].updater  # type: ignore
-        self.log_dict({"loss": loss, "lr": updater.scale * updater.param_groups[0]["lr"]})
+        self.log("loss", loss)
         return loss
+
+
+class EffectiveRates(lightning.Callback):
+    """What ``LearningRateMonitor`` is for a plain optimizer: logs the rate of each group as tensors, read when due."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The rates in force, scale × lr, as ``lr_0``, ``lr_1`` and so on."""
+        updater = trainer.optimizers[0].updater
+        pl_module.log_dict({f"lr_{i}": updater.scale * group["lr"] for i, group in enumerate(updater.param_groups)})
 
 
 class DigitsWithTwoObjects(Digits):
@@ -83,7 +91,7 @@ class DigitsWithTwoObjects(Digits):
         self.updater.zero_grad()
         self.manual_backward(loss)
         self.clip_gradients(self.updater.base_optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
-        self.log_dict({"loss": loss, "lr": self.updater.scale * self.updater.param_groups[0]["lr"]})
+        self.log_dict({"loss": loss, "lr_0": self.updater.scale * self.updater.param_groups[0]["lr"]})
         self.mechanic.step()
         self.updater.step()
 
@@ -109,6 +117,7 @@ def main() -> None:
         devices=options.devices,
         max_epochs=options.stop_after or options.epochs,
         logger=logger,
+        callbacks=[] if options.two_objects else [EffectiveRates()],
         log_every_n_steps=1,
         default_root_dir=options.folder,
         gradient_clip_val=None if options.two_objects else 1.0,
@@ -116,7 +125,7 @@ def main() -> None:
     )
     trainer.fit(module, batches, ckpt_path=options.resume, weights_only=True)
     metrics = trainer.callback_metrics
-    print(f"step {trainer.global_step}: loss {metrics['loss']:.4f}, effective learning rate {metrics['lr']:.3g}")
+    print(f"step {trainer.global_step}: loss {metrics['loss']:.4f}, effective learning rate {metrics['lr_0']:.3g}")
 
 
 if __name__ == "__main__":

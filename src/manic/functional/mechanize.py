@@ -19,7 +19,8 @@ class MechanizeState(NamedTuple):
     """What a mechanized stepper remembers.
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
-    parameters; ``tuner`` has four tensors of shape (n,), and ``betas`` is the tuner's β, of shape (n,).
+    parameters; ``tuner`` has five tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
+    counts the steps that were not skipped.
     """
 
     base: Any
@@ -27,6 +28,7 @@ class MechanizeState(NamedTuple):
     delta: Tree
     tuner: TunerState
     betas: Tensor
+    steps: Tensor
 
     @property
     def scale(self) -> Tensor:
@@ -42,18 +44,19 @@ class Mechanized(NamedTuple):
 
 
 def mechanize(
-    step: Callable[[Tree, Tree, Any, Any], tuple[Tree, Any]], config: TunerConfig | None = None
+    step: Callable[[Tree, Tree, Any, Any], tuple[Tree, Any]], config: TunerConfig | None = None, *, lr: float = 1.0
 ) -> Mechanized:
     """Have a stepper's learning-rate scale learned while it runs.
 
     The new stepper is pure if the given one is, and equals `Mechanic` and `Updater` with ``store_delta=True,
     internal_lr=None``: parameters changed between two steps keep the change, and a step whose gradient or h is not
-    finite changes nothing. It steps at the lr of the config. The scale is in units of it, and λ and s_init are in
-    units of the scale, so start from lr=1, whatever the model; a schedule multiplies the lr as ever.
+    finite changes nothing. It steps at the lr of the config, of which the scale is in units;
+    start from lr=1, whatever the model. A schedule multiplies the lr as ever.
 
     Args:
         step: ``step(params, grads, state, config) -> (params, state)``, whose state is a tree of tensors.
         config: the tuner's constants; ``None`` for the defaults.
+        lr: the rate that the schedule multiplies. By it a warmup's first update is told from a small one.
 
     Returns:
         ``init`` and ``step``. The latter raises ValueError if the base's config has ``maximize=True``.
@@ -90,6 +93,7 @@ def mechanize(
             delta=tree_map(lambda x: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), params),
             tuner=tuner.init(constants, device, dtype),
             betas=torch.tensor(constants.betas, device=device, dtype=dtype),
+            steps=torch.zeros((), device=device, dtype=torch.int64),
         )
 
     def mechanized_step(params: Tree, grads: Tree, state: MechanizeState, config: Any) -> tuple[Tree, MechanizeState]:
@@ -103,19 +107,38 @@ def mechanize(
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
         tuned = tuner.update(state.tuner, h, state.betas, constants)
+        if constants.s_init is None:
+            tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)
+        steps = state.steps + 1
+        recentred = torch.as_tensor(tuner.recentres(steps, constants))
 
         def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
             unchanged = x == (reference + delta * scale).to(x.dtype)
             reference = torch.where(unchanged, reference, (x - delta * scale).to(x.dtype))
             delta = delta + (after.to(delta.dtype) - x.to(delta.dtype))
-            return reference + delta * next_scale, reference, delta
+            x = (reference + delta * next_scale).to(x.dtype)
+            return x, torch.where(recentred, x, reference), torch.where(recentred, 0, delta)
 
         moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
-        after = moved, MechanizeState(base, reference, delta, tuned, state.betas)
+        after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps)
         return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
 
     return Mechanized(init, mechanized_step)
+
+
+def _begun(state: TunerState, before: Tree, after: Tree, factor: float | Tensor, config: TunerConfig) -> TunerState:
+    """`tuner.begin`, from the parameters before and after a base step."""
+    wide = state.start.dtype
+
+    def squares(x: Tensor, moved: Tensor) -> Tensor:
+        x, moved = x.reshape(-1).to(wide), moved.reshape(-1).to(wide)
+        return torch.stack([x.square().sum(), (moved - x).square().sum()])
+
+    leaves = tree_leaves(tree_map(squares, before, after))
+    param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
+    count = state.start.new_tensor(sum(leaf.numel() for leaf in tree_leaves(before)))
+    return tuner.begin(state, param_norm, update_norm / factor, count, config)
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:

@@ -10,14 +10,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from manic.kernels import plain
 
-logger = logging.getLogger("manic")
+F = TypeVar("F", bound=Callable[..., Any])
+logger: logging.Logger = logging.getLogger("manic")
 _works = True
 
 
@@ -65,6 +67,33 @@ def _has_compiler() -> bool:
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def outside_graphs(method: F) -> F:
+    """Keep a method out of graphs that ``torch.compile`` makes of its callers, as torch does its optimizers' methods.
+
+    It works on addresses and version counters, which a graph cannot hold; kernels of its own do the work.
+    """
+    return cast(F, _disable_dynamo(method))
+
+
+@functools.cache
+def one_launch(function: F) -> F:
+    """A pure function compiled, for accelerators, where each of many small operations would be a launch."""
+    compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        nonlocal compiled
+        if compiled is not None:
+            try:
+                return compiled(*arguments)
+            except Exception as error:
+                compiled = None
+                logger.info("torch.compile does not work here (%s); going on without it.", error)
+        return function(*arguments)
+
+    return cast(F, run)
 
 
 def _run(function: Callable[..., Any], otherwise: Callable[..., Any], *arguments: Any) -> Any:

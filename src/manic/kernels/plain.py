@@ -14,6 +14,7 @@ from torch import Tensor
 
 BLOCK = 1 << 18  # elements; on a core with 1 MiB of cache of its own, 2**16 … 2**20 are within 10 % of each other
 LAUNCH = 1 << 26  # elsewhere, where a launch costs more than a cache miss
+TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long beside the start of a copy
 
 
 def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
@@ -22,7 +23,7 @@ def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -
     Args:
         x: parameters, 1-d.
         g: their gradient, or ``None`` for zero.
-        reference: x_ref.
+        reference: x_ref; it and Δ may be in host memory.
         delta: Δ, at least float32; ``None`` stands for x - x_ref.
 
     Returns:
@@ -30,9 +31,9 @@ def sums(x: Tensor, g: Tensor | None, reference: Tensor, delta: Tensor | None) -
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = []
-    for x, g, reference, delta in _blocks(x, g, reference, delta):
+    for x, g, reference, delta in blocks(x, g, reference, delta):
         x = x.to(wide)
-        delta = x - reference if delta is None else delta
+        delta = x - fetch(reference, x) if delta is None else fetch(delta, x)
         if g is None:
             dg = gg = x.new_zeros(())
         else:
@@ -50,7 +51,7 @@ def move(
 
     Args:
         x: parameters after the base step, 1-d.
-        reference: x_ref.
+        reference: x_ref; it, Δ and ``before`` may be in host memory.
         delta: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``before`` is given.
         before: x before the step, from which Δ = (x - x_ref)/(old + eps) is recomputed.
         old: the scale before, 0-d.
@@ -59,18 +60,22 @@ def move(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     scratch: Tensor | None = None
-    for x, reference, delta, before in _blocks(x, reference, delta, before):
+    for x, reference, kept, before in blocks(x, reference, delta, before):
         scratch = torch.empty_like(x, dtype=wide) if scratch is None else scratch
-        work = scratch[: x.numel()]
-        if delta is None:
+        work, reference = scratch[: x.numel()], fetch(reference, x)
+        if kept is None:
             assert before is not None
+            before = fetch(before, x)
             delta = (before.to(wide) - reference).div_(old + eps)
             work.copy_(before)
         else:
+            delta = fetch(kept, x)
             point(reference, delta, old, out=work)
             if x.dtype != wide:
                 work.copy_(work.to(x.dtype))
         delta += torch.sub(x, work, out=work)
+        if kept is not None and kept is not delta:
+            kept.copy_(delta, non_blocking=True)
         if x.dtype == wide:
             point(reference, delta, new, out=x)
         else:
@@ -82,10 +87,18 @@ def point(reference: Tensor, delta: Tensor, scale: Tensor, *, out: Tensor | None
     return torch.mul(delta, scale, out=out).add_(reference)
 
 
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def fetch(kept: Tensor, x: Tensor) -> Tensor:
+    """What is kept in host memory, on the parameters' device; itself if it is there already."""
+    return kept.to(x.device, non_blocking=True)
+
+
+def blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The same stretch of each 1-d tensor at a time; ``None`` stays ``None``."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    block = BLOCK if first.device.type == "cpu" else LAUNCH
+    if first.device.type == "cpu":
+        block = BLOCK
+    else:
+        block = TRANSFER if any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors) else LAUNCH
     if first.numel() <= block:
         yield tensors
         return

@@ -1,0 +1,219 @@
+"""What was tried on the way to the default rule, on four of the six tasks that it was chosen on.
+
+Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lion, each with three schedules; the table
+says how far the final validation loss is above that of the best rate of the grid. See docs/quality.md.
+
+    python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tasks import TASKS
+from torch import Tensor
+from tqdm import tqdm
+from train import SCHEDULES, Stack, base_step, batches, factor, grid, mean
+
+from manic import tuner
+from manic.tuner import BETAS
+
+BASES = ("adamw", "sgd", "lion")
+CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new digits")
+SEEDS, STEPS = [0, 1, 2], 500
+
+
+@dataclass(frozen=True)
+class Idea:
+    """A rule that is put together from options.
+
+    Attributes:
+        s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
+        stake: the first scale, in s_init; the published rule has about 100.
+        by_factor: divide the first update by the schedule's factor.
+        recentre: when x_ref moves: ``"never"``, ``"doubling"`` from step `first` on, or ``"every"`` `first` steps.
+        growth: of the distance between two such steps, if it is doubling.
+        restart: forget r, m and v then, and take the scale for s_init.
+        clip: bets are clipped to ±m.
+        settle: the scale does not rise once the schedule's factor is below this share of its highest.
+        forget: move by x + s u, and measure h with a displacement that decays by this factor.
+        s_decay: λ.
+        betas: β.
+    """
+
+    s_init: float | None = None
+    share: float = tuner.SHARE
+    stake: float = tuner.FIRST_STAKE
+    by_factor: bool = True
+    recentre: str = "doubling"
+    first: int = 1
+    growth: float = 2.0
+    restart: bool = False
+    clip: bool = True
+    settle: float = 0.0
+    forget: float | None = None
+    s_decay: float = 0.0
+    betas: tuple[float, ...] = BETAS
+
+
+PUBLISHED = Idea(s_init=1e-8, stake=100, recentre="never", clip=False, s_decay=1e-2)
+IDEAS = {
+    "published": PUBLISHED,
+    "published, s_init 1e-4": Idea(s_init=1e-4, stake=100, recentre="never", clip=False, s_decay=1e-2),
+    "s_init from the data": Idea(recentre="never", clip=False),
+    "…, and settled while the schedule decays": Idea(recentre="never", clip=False, settle=1.0),
+    "…, settled below 0.7 of its peak": Idea(recentre="never", clip=False, settle=0.7),
+    "x + s u, Δ decays by 0.99": Idea(forget=0.99, clip=False),
+    "x + s u, Δ decays by 0.999": Idea(forget=0.999, clip=False),
+    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100),
+    "doubling": Idea(clip=False),
+    "**doubling, clipped: the default**": Idea(),
+    "…, with λ = 0.01": Idea(s_decay=1e-2),
+    "…, settled below 0.5": Idea(settle=0.5),
+    "…, not divided by the factor": Idea(by_factor=False),
+    "…, first scale = s_init": Idea(stake=1),
+    "…, first scale = 100 s_init": Idea(stake=100),
+    "…, ρ = 1e-4": Idea(share=1e-4),
+    "…, ρ = 1e-2": Idea(share=1e-2),
+    "…, ρ = 1e-2, first scale = s_init": Idea(share=1e-2, stake=1),
+    "…, from step 32": Idea(first=32),
+    "…, by a factor of 1.4": Idea(growth=1.4),
+    "…, by a factor of 4": Idea(growth=4.0),
+    "…, every 100 steps": Idea(recentre="every", first=100),
+    "…, starting the tuner anew each time": Idea(restart=True),
+    "…, β = 0.99 alone": Idea(betas=(0.99,)),
+    "…, β = 0.9, 0.99, 0.999": Idea(betas=(0.9, 0.99, 0.999)),
+}
+
+
+class Tuner:
+    """The state of one idea, for every seed."""
+
+    def __init__(self, idea: Idea, seeds: int) -> None:
+        self.idea = idea
+        self.betas = torch.tensor(idea.betas, dtype=torch.float64)
+        self.n = len(idea.betas)
+        self.start = torch.full((seeds, 1), idea.s_init or 0.0, dtype=torch.float64)
+        self.s = self.r = self.m = self.v = torch.zeros(seeds, self.n, dtype=torch.float64)
+        self.scale = torch.zeros(seeds, dtype=torch.float64)
+        self.highest = 0.0
+        self.turn = idea.first
+
+    def update(self, h: Tensor, size: Tensor, moved: Tensor, part: float) -> Tensor:
+        """The next scale, from h, ‖x‖, ‖u‖ and the schedule's factor."""
+        idea, h = self.idea, h.unsqueeze(-1)
+        if not self.highest:
+            if idea.s_init is None:
+                self.start = (idea.share * size / moved * (part if idea.by_factor else 1.0)).unsqueeze(-1)
+            self.s = (idea.stake * self.start / self.n).expand(-1, self.n)
+        bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
+        bet = torch.minimum(torch.maximum(h, -torch.as_tensor(bound)), torch.as_tensor(bound))
+        self.m = torch.maximum(self.betas * self.m, h.abs())
+        self.v = self.betas**2 * self.v + h**2
+        self.r = (self.betas * self.r - self.s * bet).clamp(min=0)
+        self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
+        scale = self.s.sum(-1)
+        self.highest = max(self.highest, part)
+        if part < idea.settle * self.highest:
+            scale = torch.minimum(scale, self.scale)
+            self.s = self.s * (scale / self.s.sum(-1)).unsqueeze(-1)
+        self.scale = scale
+        return scale
+
+    def recentres(self, step: int) -> bool:
+        """Whether x_ref moves after a step, counted from 1."""
+        if self.idea.recentre == "never" or step < self.turn:
+            return False
+        self.turn = step + self.idea.first
+        if self.idea.recentre == "doubling":
+            self.turn = max(step + 1, round(step * self.idea.growth))
+        if self.idea.restart:
+            self.start = self.scale.unsqueeze(-1)
+            self.s = (self.start / self.n).expand(-1, self.n)
+            self.r = self.m = self.v = torch.zeros_like(self.v)
+        return True
+
+
+def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
+    """The parameters at the end, (seeds, ideas, parameters)."""
+    x = stack.start[:, None].repeat(1, len(ideas), 1)
+    reference, delta = x.clone(), torch.zeros_like(x)
+    state = torch.zeros_like(x), torch.zeros_like(x)
+    tuners = [Tuner(idea, len(SEEDS)) for idea in ideas]
+    streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
+    for step, rows in enumerate(zip(*streams, strict=True)):
+        inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        g, _ = stack._gradient(x, inputs, targets)
+        part, after = factor(schedule, step, STEPS), x.clone()
+        base_step(base, after, g, *state, torch.tensor(part), step + 1)
+        u = after - x
+        sizes, steps, grads = (part.double().norm(dim=-1) for part in (x, u, g))
+        dg, dx = (torch.linalg.vecdot(delta.double(), other.double()) for other in (g, x))
+        for i, one in enumerate(tuners):
+            h = dg[:, i] + one.idea.s_decay * one.scale * grads[:, i] * dx[:, i] / sizes[:, i]
+            scale = one.update(h, sizes[:, i], steps[:, i], part).to(x.dtype).unsqueeze(-1)
+            delta[:, i] = (one.idea.forget or 1.0) * delta[:, i] + u[:, i]
+            if one.idea.forget is not None:
+                x[:, i] += scale * u[:, i]
+                continue
+            x[:, i] = reference[:, i] + scale * delta[:, i]
+            if one.recentres(step + 1):
+                reference[:, i], delta[:, i] = x[:, i], 0
+    return x
+
+
+def pair(task: str, base: str, schedule: str, names: list[str]) -> dict[str, list[float]]:
+    """Of every idea: gap and regret of the validation loss."""
+    torch.set_num_threads(1)
+    stack = Stack(TASKS[task](), SEEDS)
+    tuned = stack.losses(stack.train(base, schedule, grid(base), STEPS))
+    best = min(mean(row[i].valid for row in tuned) for i in range(len(grid(base))))
+    start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
+    tried = stack.losses(train(stack, base, schedule, [IDEAS[name] for name in names]))
+    result = {}
+    for i, name in enumerate(names):
+        loss = mean(row[i].valid for row in tried)
+        result[name] = [loss / best - 1, min(1.0, (loss - best) / (start - best))]
+    return result
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
+    parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
+    options = parser.parse_args()
+    found = {}
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(pair, *place, options.ideas): place for place in product(options.tasks, BASES, SCHEDULES)}
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
+            found[" | ".join(jobs[job])] = job.result()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "ideas.json").write_text(json.dumps(found, indent=1))
+
+    print(f"\n{len(found)} pairs, {len(SEEDS)} seeds, {STEPS} steps\n")
+    print("| | median gap | within 10 % | worst gap | mean regret | " + " | ".join(SCHEDULES) + " |")
+    print("|---|---|---|---|---|" + "---|" * len(SCHEDULES))
+    for name in options.ideas:
+        gaps = {place: row[name][0] for place, row in found.items()}
+        by_schedule = [statistics.median(g for place, g in gaps.items() if place.endswith(s)) for s in SCHEDULES]
+        within = sum(gap <= 0.1 for gap in gaps.values()) / len(gaps)
+        worst = max(gaps.values())
+        regret = statistics.fmean(row[name][1] for row in found.values())
+        print(
+            f"| {name} | {statistics.median(gaps.values()):.1%} | {within:.0%} | "
+            f"{worst:.0%} | {regret:.3f} | " + " | ".join(f"{gap:.1%}" for gap in by_schedule) + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Groups with rates of their own, frozen and unfrozen layers, and adapters: what a fine-tune does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import backward, make_net, relative_difference
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from manic import Mechanic, Updater, mechanize
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "constant": lambda optimizer: None,
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 200),
+    "warmup": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10),
+}
+
+
+def steps(
+    form: str, groups: Any, schedule: str = "constant"
+) -> tuple[Callable[[], None], Updater, torch.optim.Optimizer]:
+    """What to call after a backward pass, the updater and the optimizer."""
+    if form == "drop-in":
+        optimizer = mechanize(torch.optim.AdamW)(groups, lr=1.0)
+        scheduler = SCHEDULES[schedule](optimizer)
+
+        def step() -> None:
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+
+        return step, optimizer.updater, optimizer
+    base = torch.optim.AdamW(groups, lr=1.0)
+    updater = Updater(base, SCHEDULES[schedule](base))
+    mechanic = Mechanic(updater)
+    return lambda: (mechanic.step(), updater.step())[0], updater, base
+
+
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_ratios_between_groups_are_kept(form: str, schedule: str) -> None:
+    model = make_net()
+    groups = [
+        {"params": model.hidden.parameters(), "lr": 0.25},
+        {"params": model.out.parameters(), "lr": 16.0},
+        {"params": [model.gain], "lr": 1.0},
+    ]
+    step, updater, _ = steps(form, groups, schedule)
+    rates = []
+    for i in range(100):
+        backward(model, i)
+        step()
+        rates.append(updater.get_last_lr())
+    assert len({rate[0] for rate in rates}) > 90
+    for low, high, middle in rates:
+        assert high == pytest.approx(64 * low, rel=1e-12)
+        assert middle == pytest.approx(4 * low, rel=1e-12)
+
+
+def test_a_group_moves_in_proportion_to_its_rate() -> None:
+    """Under SGD Δ is linear in lr: twins with the same gradients, one of them at 16 times the rate."""
+    weights = [nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64)) for _ in range(2)]
+    start = weights[0].detach().clone()
+    groups = [{"params": [weights[0]], "lr": 1e-9}, {"params": [weights[1]], "lr": 16e-9}]
+    updater = Updater(torch.optim.SGD(groups))
+    mechanic = Mechanic(updater)
+    for i in range(60):
+        gradient = weights[0].detach() - (i % 3)
+        for weight in weights:
+            weight.grad = gradient.clone()
+        mechanic.step()
+        updater.step()
+        slow, fast = (weight.detach() - start for weight in weights)
+        torch.testing.assert_close(fast, 16 * slow, rtol=1e-9, atol=1e-13)
+    assert float(slow.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+@pytest.mark.parametrize("layers_join", ["requires_grad", "add_param_group"])
+def test_layers_unfrozen_one_by_one(form: str, layers_join: str) -> None:
+    """Each takes its reference in the step in which it joins, also if its values have changed since the start."""
+    model = make_net()
+    layers: dict[str, Any] = {"gain": model.gain, "out": model.out, "hidden": model.hidden}
+    joins = {"gain": 0, "out": 40, "hidden": 80}
+    named = {name: [part] if isinstance(part, Tensor) else list(part.parameters()) for name, part in layers.items()}
+    for name in ("out", "hidden"):
+        layers[name].requires_grad_(False)
+    first = list(model.parameters()) if layers_join == "requires_grad" else named["gain"]
+    step, updater, optimizer = steps(form, [{"params": first}])
+    references: dict[str, list[Tensor]] = {}
+    for i in range(160):
+        if i == 30:  # while it is frozen
+            with torch.no_grad():
+                model.hidden.weight.mul_(0.5)
+        for name, at in joins.items():
+            if i != at:
+                continue
+            references[name] = [p.detach().clone() for p in named[name]]
+            layers[name].requires_grad_(True)
+            if layers_join == "add_param_group" and name != "gain":
+                optimizer.add_param_group({"params": named[name]})
+        frozen = {name: [p.detach().clone() for p in named[name]] for name, at in joins.items() if i < at}
+        backward(model, i)
+        step()
+        for name, before in frozen.items():
+            assert all(torch.equal(p, old) for p, old in zip(named[name], before, strict=True))
+            assert not any(p in updater.displacement.slots for p in named[name])  # no memory for what is frozen
+    for name, before in references.items():
+        slots = [updater.displacement.slots[p] for p in named[name]]
+        for slot, old, parameter in zip(slots, before, named[name], strict=True):
+            assert torch.equal(slot.tensors()["reference"], old)
+            assert not torch.equal(parameter.detach(), old)
+    assert relative_difference(model.hidden.weight.detach(), references["hidden"][0]) > 1e-3
+
+
+class LoRA(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(2, layer.in_features, dtype=torch.float64))
+        self.b = nn.Parameter(torch.zeros(layer.out_features, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.a.T @ self.b.T
+
+
+def test_adapters_that_start_at_zero_train_and_the_rest_stays() -> None:
+    """On a layer that has to change by a matrix of the adapter's rank."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8).double()
+    weight, x = layer.weight.detach().clone(), torch.randn(64, 6, dtype=torch.float64)
+    y = x @ (weight + (torch.randn(8, 2) @ torch.randn(2, 6)).double()).T + layer.bias.detach()
+    model = LoRA(layer)
+    groups = [{"params": [model.a], "lr": 1.0}, {"params": [model.b], "lr": 16.0}]
+    updater = Updater(torch.optim.AdamW(groups))
+    mechanic = Mechanic(updater)
+    losses = []
+    for _ in range(600):
+        updater.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        mechanic.step()
+        updater.step()
+    assert losses[-1] < 0.1 * losses[0]
+    slow, fast = updater.get_last_lr()
+    assert fast == pytest.approx(16 * slow, rel=1e-12)
+    assert torch.equal(layer.weight, weight)
+    assert not any(p in updater.displacement.slots for p in layer.parameters())

@@ -3,7 +3,7 @@
 Trains small nets on real data with the base optimizers at every rate of a grid, and with methods that need no rate;
 prints tables and draws pictures of what the latter lose. See docs/quality.md.
 
-    python benchmarks/robustness quick|standard|full [--only METHOD ...] [--again METHOD ...] [--long]
+    python benchmarks/robustness quick|picture|standard|full [--only METHOD ...] [--again METHOD ...] [--long]
 
 Each training's losses are kept in a file as they come: a second call does what is missing.
 """
@@ -32,26 +32,32 @@ from train import BASE, GRIDS, METHODS, SCHEDULES, START, Job, Losses, Run, grid
 QUICK = ("diabetes", "autoencoder", "new_digits", "tumours", "factors", "picture")
 ALL = tuple(TASKS)
 DECADES = range(-12, 7)  # of the learning rates in the picture of indifference
-SIZES = {
-    "quick": (Plan(QUICK, ("adamw", "sgd"), SCHEDULES, 200, (0, 1)),),
-    "standard": (Plan(ALL, tuple(GRIDS), SCHEDULES, 500, (0, 1)),),
+STANDARD = Plan(ALL, tuple(GRIDS), SCHEDULES, 500, (0, 1))
+SPREAD = Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, (0, 1))
+FIVE = tuple(range(5))
+SIZES: dict[str, tuple[list[Plan], Plan]] = {  # what is scored, and the runs in the picture of indifference
+    "quick": (
+        [Plan(QUICK, ("adamw", "sgd"), SCHEDULES, 200, (0, 1))],
+        Plan(("diabetes",), ("adamw",), ("cosine",), 200, (0,)),
+    ),
+    "picture": ([], SPREAD),
+    "standard": ([STANDARD], SPREAD),
     "full": (
-        Plan(ALL, tuple(GRIDS), SCHEDULES, 500, tuple(range(5))),
-        Plan(CHEAP, tuple(GRIDS), SCHEDULES, 5000, tuple(range(5))),
+        [STANDARD._replace(seeds=FIVE), STANDARD._replace(tasks=CHEAP, steps=5000, seeds=FIVE)],
+        SPREAD._replace(seeds=FIVE),
     ),
 }
-INDIFFERENCE = {
-    "quick": Plan(("diabetes",), ("adamw",), ("cosine",), 200, (0,)),
-    "standard": Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, (0, 1)),
-    "full": Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, tuple(range(5))),
-}
+
+
+def starts(plan: Plan) -> list[Job]:
+    """The losses before training."""
+    return [Job((Run(task, "", "", START, 0.0, 0, seed),)) for task in plan.tasks for seed in plan.seeds]
 
 
 def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
     """What a plan needs, cheap tasks first: the start, the tuned runs and manic's; after them the other methods."""
-    jobs, after = [], []
+    jobs, after = starts(plan), []
     for task in sorted(plan.tasks, key=lambda task: task not in CHEAP):
-        jobs += [Job((Run(task, "", "", START, 0.0, 0, seed),)) for seed in plan.seeds]
         for base in plan.bases:
             for schedule in plan.schedules:
                 run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
@@ -72,7 +78,7 @@ def jobs_of(plan: Plan, methods: Iterable[str]) -> list[Job]:
 
 def jobs_of_indifference(plan: Plan, methods: Iterable[str]) -> list[Job]:
     """Runs at learning rates eighteen decades apart."""
-    jobs, lrs = [], [float(f"1e{decade}") for decade in DECADES]
+    jobs, lrs = starts(plan), [float(f"1e{decade}") for decade in DECADES]
     for task in plan.tasks:
         for base in plan.bases:
             run = Run(task, base, plan.schedules[0], BASE, 0.0, plan.steps, 0)
@@ -157,7 +163,7 @@ def main() -> None:
             print(f"{name} is left out: {METHODS[name].package} is not installed", file=sys.stderr)
         else:
             methods.append(name)
-    plans, spread = SIZES[arguments.size], INDIFFERENCE[arguments.size]
+    plans, spread = SIZES[arguments.size]
     if missing("pytorch_optimizer"):
         print("The base optimizer lion is left out: pytorch_optimizer is not installed", file=sys.stderr)
         plans = [plan._replace(bases=tuple(base for base in plan.bases if base != "lion")) for plan in plans]

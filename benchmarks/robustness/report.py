@@ -236,14 +236,17 @@ def draw_profiles(plan: Plan, methods: Iterable[str], found: Found, file: Path) 
 def draw_indifference(plan: Plan, found: Found, file: Path) -> None:
     """Final validation loss against the learning rate given, one panel for each base optimizer.
 
-    Losses above the first are drawn at the first, which is the grey line.
+    Losses above the first are drawn at the first, which is the grey line. Nothing is drawn before that is known.
     """
+    (task,), (schedule,) = plan.tasks, plan.schedules
+    initial = {Run(task, "", "", START, 0.0, 0, seed) for seed in plan.seeds}
+    if not found.keys() >= initial:
+        return
+    start = mean(found[run].valid for run in initial)
     plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(plan.bases), figsize=(5 * len(plan.bases), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    (task,), (schedule,) = plan.tasks, plan.schedules
-    start = mean(found[Run(task, "", "", START, 0.0, 0, seed)].valid for seed in plan.seeds)
     for axis, base in zip(axes[0], plan.bases, strict=True):
         for method, style in STYLES.items():
             run = Run(task, base, schedule, method, 0.0, plan.steps, 0)

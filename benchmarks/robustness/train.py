@@ -303,9 +303,9 @@ def at_edge(by_lr: dict[float, float]) -> int:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Infinite if a value is not finite."""
+    """Infinite if a value is not finite, or there is none."""
     values = list(values)
-    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+    return statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf
 
 
 def stacked_losses(job: Job) -> dict[Run, Losses]:

@@ -35,7 +35,11 @@ def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | 
     parts = []
     for x, g, reference, delta in blocks(x, g, reference, delta):
         x = None if x is None else x.to(wide)
-        delta = fetch(delta, here) if delta is not None else x - fetch(reference, here)
+        if delta is None:
+            assert x is not None
+            delta = x - fetch(reference, here)
+        else:
+            delta = fetch(delta, here)
         g = None if g is None else g.to(wide)
         parts += [
             torch.dot(a, b) if a is not None and b is not None else zero

@@ -27,7 +27,7 @@ from manic import tuner
 from manic.tuner import BETAS
 
 BASES = ("adamw", "sgd", "lion")
-CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new digits")
+CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new_digits")
 SEEDS, STEPS = [0, 1, 2], 500
 
 

@@ -1,0 +1,123 @@
+"""What the default rule does that the published ones do not: its start, and a reference point that moves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import OPTIMIZERS, backward, flat, loss_of, make_net, relative_difference
+from torch.optim.lr_scheduler import LambdaLR
+
+from manic import Mechanic, Updater
+from manic.tuner import FIRST_STAKE, LEAST_SIZE, SHARE
+
+FIRST = SHARE * FIRST_STAKE
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("lr", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion"])
+def test_the_first_update_moves_the_parameters_by_a_share_of_their_norm(
+    optimizer: str, lr: float, store_delta: bool
+) -> None:
+    model = make_net()
+    start = flat(model)
+    updater = Updater(OPTIMIZERS[optimizer](model.parameters(), lr=lr), store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    backward(model, 0)
+    mechanic.step()
+    updater.step()
+    assert relative_difference(flat(model), start) == pytest.approx(FIRST, rel=1e-6)
+    assert updater.get_last_lr()[0] == pytest.approx(float(mechanic.scale) * lr)
+
+
+def test_weights_of_zero_start_too() -> None:
+    weight = torch.zeros(100, dtype=torch.float64, requires_grad=True)
+    updater = Updater(torch.optim.SGD([weight], lr=1.0))
+    mechanic = Mechanic(updater)
+    (weight - 1).square().sum().backward()
+    mechanic.step()
+    updater.step()
+    assert float(weight.detach().norm()) == pytest.approx(FIRST * LEAST_SIZE * 10)
+    for _ in range(200):
+        updater.zero_grad()
+        (weight - 1).square().sum().backward()
+        mechanic.step()
+        updater.step()
+    assert float((weight.detach() - 1).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("first", [0.0, 0.1, 0.5])
+def test_a_warmup_moves_less(first: float) -> None:
+    """Its factor is no sign of a small update, and a factor of 0 none of a first one."""
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=3.0)
+    factors = [first, 0.5, 0.75, 1.0]
+    updater = Updater(base, LambdaLR(base, lambda step: factors[min(step, 3)]))
+    mechanic = Mechanic(updater)
+    for step in range(2):
+        before = flat(model)
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+        if first == 0 and step == 0:
+            assert torch.equal(flat(model), before)
+            continue
+        assert relative_difference(flat(model), before) == pytest.approx(FIRST * factors[step], rel=1e-6)
+        break
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_the_reference_point_moves_when_the_number_of_steps_doubles(store_delta: bool) -> None:
+    model = make_net()
+    updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0), store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    moved_at, last = [], None
+    for step in range(1, 40):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+        reference = updater.displacement.slots[model.out.weight].reference.clone()
+        at_parameters = torch.equal(reference, model.out.weight.detach().reshape(-1))
+        if last is not None and not torch.equal(reference, last):
+            assert at_parameters
+        if at_parameters:
+            moved_at.append(step)
+        last = reference
+    assert moved_at == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_skipped_step_does_not_count() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(4):
+        backward(model, step)
+        if step == 1:
+            model.out.weight.grad.fill_(math.nan)  # type: ignore
+        mechanic.step()
+        updater.step()
+    slot = updater.displacement.slots[model.out.weight]
+    assert not torch.equal(slot.reference, model.out.weight.detach().reshape(-1))  # 3 steps were taken
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "lion"])
+@pytest.mark.parametrize("internal_lr", [1.0, None])
+def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: str, internal_lr: float | None) -> None:
+    ends = []
+    for lr, unit in ((1.0, 1.0), (1e-6, 1.0), (1e6, 1.0), (1.0, 1e-6), (1.0, 1e6)):
+        model = make_net()
+        start = flat(model)
+        base = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
+        base.param_groups[0]["weight_decay"] = 0.0  # it is not in units of the loss
+        updater = Updater(base, internal_lr=internal_lr)
+        mechanic = Mechanic(updater)
+        for step in range(150):
+            updater.zero_grad()
+            (unit * loss_of(model, step)).backward()
+            mechanic.step()
+            updater.step()
+        assert relative_difference(flat(model), start) > 0.1
+        ends.append(flat(model))
+    assert max(relative_difference(end, ends[0]) for end in ends) < 1e-6

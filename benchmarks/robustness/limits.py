@@ -1,0 +1,101 @@
+"""Where manic gains little: optimizers whose update is not linear in the learning rate, and very short runs.
+
+Each row trains three tasks with an optimizer at every rate of a grid, and with manic around it, under a cosine schedule
+after 5 % of warmup; it says how far manic's final validation loss is above the best of the grid.
+
+    python benchmarks/robustness/limits.py
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytorch_optimizer
+import torch
+from tasks import TASKS
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from train import batches, factor, mean, measured, model_of
+
+from manic import Mechanic, Updater
+
+CHOSEN = ("autoencoder", "lines", "new_digits")
+SEEDS = (0, 1)
+GRID = [10 ** (half / 2) for half in range(-10, 4)]
+Build = Callable[[Iterable[nn.Parameter], float], Any]
+ROWS: dict[str, tuple[Build, int]] = {
+    "AdamW": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 500),
+    "AdamW, 150 steps": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 150),
+    "AdamW, 50 steps": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 50),
+    "AdamW, 20 steps": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 20),
+    "SGD, momentum 0.9, 50 steps": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 50),
+    "LARS (normalized by layer)": (lambda p, lr: pytorch_optimizer.LARS(p, lr=lr), 500),
+    "LAMB (normalized by layer)": (lambda p, lr: pytorch_optimizer.Lamb(p, lr=lr), 500),
+    "Prodigy (finds its own rate)": (lambda p, lr: pytorch_optimizer.Prodigy(p, lr=lr), 500),
+    "Rprop (its step sizes are its own)": (lambda p, lr: torch.optim.Rprop(p, lr=lr), 500),
+    "Adadelta": (lambda p, lr: torch.optim.Adadelta(p, lr=lr), 500),
+    "Muon for matrices, AdamW for the rest": (lambda p, lr: pytorch_optimizer.Muon(muon_groups(p, lr)), 500),
+}
+
+
+def muon_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Its two kinds of groups, with the ratio of rates that Muon has by default."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() == 2], "lr": lr, "use_muon": True},
+        {"params": [p for p in parameters if p.dim() != 2], "lr": lr * 0.015, "use_muon": False},
+    ]
+
+
+def loss(name: str, task_name: str, lr: float, tuned: bool) -> float:
+    """The final validation loss, the mean over seeds."""
+    build, steps = ROWS[name]
+    task, found = TASKS[task_name](), []
+    for seed in SEEDS:
+        model = model_of(task, seed)
+        optimizer = build(model.parameters(), lr)
+        schedule = LambdaLR(optimizer, lambda step: factor("cosine", step, steps))
+        updater = Updater(optimizer, schedule) if tuned else None
+        steppers = [Mechanic(updater), updater] if updater is not None else [optimizer, schedule]
+        for inputs, targets in batches(task, seed, steps):
+            model.zero_grad()
+            task.loss(model(inputs), targets).backward()
+            for stepper in steppers:
+                stepper.step()
+        with torch.no_grad():
+            inputs, targets = measured(task)[0]
+            found.append(task.loss(model(inputs), targets).item())
+    return mean(found)
+
+
+def row(name: str) -> list[tuple[float, float, float]]:
+    """For each task: manic's loss, that of the best rate, and how many times it is off at half a decade either side."""
+    torch.set_num_threads(1)
+    result = []
+    for task in CHOSEN:
+        grid = [loss(name, task, lr, tuned=False) for lr in GRID]
+        best = min(range(len(grid)), key=grid.__getitem__)
+        sides = [grid[i] for i in (best - 1, best + 1) if 0 <= i < len(grid)]
+        result.append((loss(name, task, 1.0, tuned=True), grid[best], statistics.fmean(sides)))
+    return result
+
+
+def main() -> None:
+    """Print the table."""
+    print("| | " + " | ".join(CHOSEN) + " | wrong by half a decade |")
+    print("|---|" + "---|" * (len(CHOSEN) + 1))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for name, found in zip(ROWS, pool.map(row, ROWS), strict=True):
+            gaps = " | ".join(f"{ours / best - 1:+.0%}" for ours, best, _ in found)
+            print(
+                f"| {name} | {gaps} | {statistics.median(side / best - 1 for _, best, side in found):+.0%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import tuner
+from manic.diagnosis import Diagnosis
 from manic.tuner import BETAS, TunerConfig, TunerState
 from manic.updater import STATE_VERSION, Updater, check_version
 
@@ -85,6 +86,7 @@ class Mechanic:
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
+        self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
@@ -121,9 +123,15 @@ class Mechanic:
         Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
         again before ``updater.step()``, it replaces what it computed first.
 
+        At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
+        stays at its start, runs away or oscillates.
+
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
+
+        Warns:
+            ScaleWarning: once for each of these.
         """
         sums, scale = self.updater._observe()
         self._to(scale)
@@ -150,6 +158,7 @@ class Mechanic:
         begin = partial(self._begin, config) if recentre and config.s_init is None else None
         self.updater._propose(self._state.scales.sum(), finite, begin, recentre)
         self._log(h)
+        self._diagnosis.watch(self._steps, after, sums, self.updater._unit)
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
@@ -192,6 +201,7 @@ class Mechanic:
         self._check_state(state_dict)
         self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
+        self._diagnosis = Diagnosis()
         self._skipped.copy_(state_dict["skipped"])
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))

@@ -1,0 +1,111 @@
+"""`Diagnosis`: what ails a run, told from its scale; `docs/troubleshooting.md` has the figures behind the thresholds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from manic.tuner import Sums, TunerState
+
+WINDOW = 64  # steps before a check that it looks at
+FIRST = 128  # the first check; the others are at the powers of two after it
+GROWTH = 4.0  # of the parameters' norm between two checks
+TURNS = 8  # of the scale in a window, each after a change by a factor of 2
+SPREAD = 1e-3  # of the gradient's norm in a window, relative: less is the same norm at every step
+
+
+class ScaleWarning(UserWarning):
+    """The scale shows that something is wrong; ``warnings.filterwarnings("ignore", category=ScaleWarning)`` hides it."""
+
+
+class Diagnosis:
+    """Warns, once for each ailment, of a scale that stays at its start, runs away or oscillates.
+
+    It keeps a few 0-d tensors of the `WINDOW` steps before a check, and reads them in one transfer at the check: at
+    steps 128, 256, 512, … None of it is saved; a resumed run is judged afresh.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._last = (0, 0.0, False)  # the check before: its step, ‖x‖, and whether ‖g‖ was the same at every step
+        self._told: set[str] = set()
+
+    def watch(self, step: int, state: TunerState, sums: Sums, unit: float) -> None:
+        """See a step, counted from 1; the tensors must be of that step alone, not written later.
+
+        Args:
+            step: the step's number; the same number again replaces what was seen first.
+            state: what `tuner.update` returned.
+            sums: what h was made of.
+            unit: a scale in the user's units per scale in the tuner's.
+        """
+        check = max(FIRST, 1 << (step - 1).bit_length())
+        if check - step >= WINDOW:
+            return
+        self._seen[step] = (state.scales, state.reward, sums.grad_square, sums.param_square)
+        if step < check:
+            return
+        seen = [self._seen[i] for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
+        self._seen = {}
+        scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in part]) for part in zip(*seen, strict=True))
+        rows = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
+        rows = [row for row in rows if all(map(math.isfinite, row))]
+        if len(rows) > WINDOW // 2:
+            self._judge(step, rows)
+
+    def _judge(self, step: int, rows: list[list[float]]) -> None:
+        scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
+        low, high = math.sqrt(min(grad_squares)), math.sqrt(max(grad_squares))
+        last_step, last_norm, last_pinned = self._last
+        norm, pinned = math.sqrt(param_squares[-1]), high - low < SPREAD * high
+        self._last = (step, norm, pinned)
+
+        if max(rewards) <= 0:
+            self._tell(
+                "start",
+                f"At step {step} the scale is at its start, {scales[-1]:.3g}: at none of the last {len(rows)} steps did "
+                f"what it had learned speak for longer steps. The norm of the gradient was {low:.3g} to {high:.3g}. "
+                "Either there is nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is "
+                "it that of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
+            )
+        if last_step * 2 == step and norm > GROWTH * last_norm > 0:
+            grew = f"From step {last_step} to {step} the norm of the parameters grew from {last_norm:.3g} to {norm:.3g}"
+            if pinned or last_pinned:
+                self._tell(
+                    "pinned",
+                    f"{grew}, while the norm of the gradient was the same at every step. A gradient that is normalized, "
+                    "or clipped at every step, does not shrink as the loss does, so the scale cannot tell that it is "
+                    "large enough. Clip at a higher norm, or not at all.",
+                )
+            else:
+                self._tell(
+                    "runaway",
+                    f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is the loss bounded from "
+                    "below? Let the schedule decay to zero, or give Mechanic a max_scale.",
+                )
+        if (turns := _turns(scales)) >= TURNS:
+            self._tell(
+                "oscillation",
+                f"In the {len(rows)} steps up to {step} the scale turned {turns} times, each time after a change by a "
+                f"factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}. What is right for some steps is "
+                "wrong for the next: shuffle the data, average over larger batches, or leave 0.9 out of Mechanic's betas.",
+            )
+
+    def _tell(self, ailment: str, message: str) -> None:
+        if ailment not in self._told:
+            self._told.add(ailment)
+            # The frames between are of `watch`, `Mechanic.step` and its no_grad.
+            warnings.warn(f"{message} See docs/troubleshooting.md.", ScaleWarning, stacklevel=6)
+
+
+def _turns(scales: tuple[float, ...]) -> int:
+    """How often the scale turned round after a change by a factor of 2."""
+    turns, way, extreme = 0, 1, -math.inf
+    for value in (math.log2(scale) for scale in scales if scale > 0):
+        if way * (value - extreme) > 0:
+            extreme = value
+        elif way * (extreme - value) >= 1:
+            turns, way, extreme = turns + 1, -way, value
+    return turns

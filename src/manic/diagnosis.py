@@ -1,9 +1,10 @@
-"""`Diagnosis`: what ails a run, told from its scale; `docs/troubleshooting.md` has the figures behind the thresholds."""
+"""`Diagnosis`: what ails a run, told from its scale. The figures behind the thresholds: `docs/troubleshooting.md`."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 
@@ -11,13 +12,18 @@ from manic.tuner import Sums, TunerState
 
 WINDOW = 64  # steps before a check that it looks at
 FIRST = 128  # the first check; the others are at the powers of two after it
-GROWTH = 4.0  # of the parameters' norm between two checks
-TURNS = 8  # of the scale in a window, each after a change by a factor of 2
+GROWTH = 4.0  # of the parameters' norm beyond the largest at the checks before
+TURNS = 5  # of the scale, each after a change by a factor of 2, before this check and before the last
 SPREAD = 1e-3  # of the gradient's norm in a window, relative: less is the same norm at every step
 
 
 class ScaleWarning(UserWarning):
-    """The scale shows that something is wrong; ``warnings.filterwarnings("ignore", category=ScaleWarning)`` hides it."""
+    """The scale shows that something is wrong. `Mechanic.step` warns of each ailment once.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=ScaleWarning)  # hides it
+    """
 
 
 class Diagnosis:
@@ -29,7 +35,9 @@ class Diagnosis:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._last = (0, 0.0, False)  # the check before: its step, ‖x‖, and whether ‖g‖ was the same at every step
+        self._largest: tuple[float, int] | None = None  # ‖x‖ at the checks so far, and the step
+        self._pinned = False  # whether ‖g‖ was the same at every step before the last check
+        self._turns = 0  # of the scale, before the last check
         self._told: set[str] = set()
 
     def watch(self, step: int, state: TunerState, sums: Sums, unit: float) -> None:
@@ -47,35 +55,35 @@ class Diagnosis:
         self._seen[step] = (state.scales, state.reward, sums.grad_square, sums.param_square)
         if step < check:
             return
-        seen = [self._seen[i] for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
+        steps = [i for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
+        columns = zip(*(self._seen[i] for i in steps), strict=True)
         self._seen = {}
-        scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in part]) for part in zip(*seen, strict=True))
-        rows = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
-        rows = [row for row in rows if all(map(math.isfinite, row))]
+        scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
+        read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
+        rows = [(i, *row) for i, row in zip(steps, read, strict=True) if all(map(math.isfinite, row))]
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
 
-    def _judge(self, step: int, rows: list[list[float]]) -> None:
-        scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
+    def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
+        steps, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
         low, high = math.sqrt(min(grad_squares)), math.sqrt(max(grad_squares))
-        last_step, last_norm, last_pinned = self._last
         norm, pinned = math.sqrt(param_squares[-1]), high - low < SPREAD * high
-        self._last = (step, norm, pinned)
+        largest, at = self._largest or (math.sqrt(param_squares[0]), steps[0])
 
         if max(rewards) <= 0:
             self._tell(
                 "start",
-                f"At step {step} the scale is at its start, {scales[-1]:.3g}: at none of the last {len(rows)} steps did "
-                f"what it had learned speak for longer steps. The norm of the gradient was {low:.3g} to {high:.3g}. "
-                "Either there is nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is "
-                "it that of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
+                f"At step {step} the scale is at its start, {scales[-1]:.3g}: at none of the last {len(rows)} steps "
+                f"was there a reason to take longer ones. The norm of the gradient was {low:.3g} to {high:.3g}. There "
+                "may be nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is it that "
+                "of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
             )
-        if last_step * 2 == step and norm > GROWTH * last_norm > 0:
-            grew = f"From step {last_step} to {step} the norm of the parameters grew from {last_norm:.3g} to {norm:.3g}"
-            if pinned or last_pinned:
+        if norm > GROWTH * largest > 0:
+            grew = f"From step {at} to {step} the norm of the parameters grew from {largest:.3g} to {norm:.3g}"
+            if pinned or self._pinned:
                 self._tell(
                     "pinned",
-                    f"{grew}, while the norm of the gradient was the same at every step. A gradient that is normalized, "
+                    f"{grew}, and the norm of the gradient was the same at every step. A gradient that is normalized, "
                     "or clipped at every step, does not shrink as the loss does, so the scale cannot tell that it is "
                     "large enough. Clip at a higher norm, or not at all.",
                 )
@@ -85,13 +93,16 @@ class Diagnosis:
                     f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is the loss bounded from "
                     "below? Let the schedule decay to zero, or give Mechanic a max_scale.",
                 )
-        if (turns := _turns(scales)) >= TURNS:
+        turns = _turns(scales)
+        if min(turns, self._turns) >= TURNS:
             self._tell(
                 "oscillation",
                 f"In the {len(rows)} steps up to {step} the scale turned {turns} times, each time after a change by a "
-                f"factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}. What is right for some steps is "
-                "wrong for the next: shuffle the data, average over larger batches, or leave 0.9 out of Mechanic's betas.",
+                f"factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}, and it did so before the last "
+                "check too. What is right for some steps is wrong for the next: shuffle the data, or average over "
+                "larger batches.",
             )
+        self._largest, self._pinned, self._turns = max((norm, step), (largest, at)), pinned, turns
 
     def _tell(self, ailment: str, message: str) -> None:
         if ailment not in self._told:

@@ -68,6 +68,19 @@ def test_the_paper_s_rule_that_never_starts() -> None:
     assert "at its start, 0: " in message
 
 
+def test_a_body_that_is_unfrozen_is_no_growth() -> None:
+    """The norm is that of the parameters that take part."""
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)])
+    torch.nn.init.constant_(model[0].weight, 100)
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    for step in range(1, 260):
+        model[0].requires_grad_(step >= 100)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model[1](model[0](x / 100)) - x[:, :1]).square().mean().backward()
+        optimizer.step()
+
+
 def test_a_ceiling_keeps_it_from_running_away() -> None:
     assert not messages(lambda x, step: 1 + noise(step) / 4, max_scale=1e-3)
 
@@ -148,7 +161,7 @@ def test_it_oscillates_if_it_turns_often_before_two_checks(first: int, second: i
             scales += scales[-1:] * (WINDOW - len(scales))
             for step, scale in enumerate(scales, check - WINDOW + 1):
                 state = TunerState(torch.tensor([scale]), *(one[None],) * 4)
-                diagnosis.watch(step, state, Sums(one, one, one, one), 1.0)
+                diagnosis.watch(step, state, Sums(one, one, one, one), 1.0, 0)
     assert len(caught) == (first >= TURNS <= second)
 
 

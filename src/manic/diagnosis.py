@@ -12,7 +12,8 @@ from manic.tuner import Sums, TunerState
 
 WINDOW = 64  # steps before a check that it looks at
 FIRST = 128  # the first check; the others are at the powers of two after it
-GROWTH = 4.0  # of the parameters' norm beyond the largest at the checks before
+GROWTH = 10.0  # of the parameters' norm beyond the largest at the checks before
+PINNED_GROWTH = 4.0  # the same, if the gradient's norm is the same at every step
 TURNS = 5  # of the scale, each after a change by a factor of 2, before this check and before the last
 SPREAD = 1e-3  # of the gradient's norm in a window, relative: less is the same norm at every step
 
@@ -39,8 +40,9 @@ class Diagnosis:
         self._pinned = False  # whether ‖g‖ was the same at every step before the last check
         self._turns = 0  # of the scale, before the last check
         self._told: set[str] = set()
+        self._packings = 0
 
-    def watch(self, step: int, state: TunerState, sums: Sums, unit: float) -> None:
+    def watch(self, step: int, state: TunerState, sums: Sums, unit: float, packings: int) -> None:
         """See a step, counted from 1; the tensors must be of that step alone, not written later.
 
         Args:
@@ -48,7 +50,10 @@ class Diagnosis:
             state: what `tuner.update` returned.
             sums: what h was made of.
             unit: a scale in the user's units per scale in the tuner's.
+            packings: changes when other parameters take part, whose norms do not compare.
         """
+        if packings != self._packings:
+            self._packings, self._largest, self._seen = packings, None, {}
         check = max(FIRST, 1 << (step - 1).bit_length())
         if check - step >= WINDOW:
             return
@@ -78,9 +83,10 @@ class Diagnosis:
                 "may be nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is it that "
                 "of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
             )
-        if norm > GROWTH * largest > 0:
+        pinned_lately, self._pinned = pinned or self._pinned, pinned
+        if norm > (PINNED_GROWTH if pinned_lately else GROWTH) * largest > 0:
             grew = f"From step {at} to {step} the norm of the parameters grew from {largest:.3g} to {norm:.3g}"
-            if pinned or self._pinned:
+            if pinned_lately:
                 self._tell(
                     "pinned",
                     f"{grew}, and the norm of the gradient was the same at every step. A gradient that is normalized, "
@@ -102,7 +108,7 @@ class Diagnosis:
                 "check too. What is right for some steps is wrong for the next: shuffle the data, or average over "
                 "larger batches.",
             )
-        self._largest, self._pinned, self._turns = max((norm, step), (largest, at)), pinned, turns
+        self._largest, self._turns = max((norm, step), (largest, at)), turns
 
     def _tell(self, ailment: str, message: str) -> None:
         if ailment not in self._told:

@@ -158,7 +158,7 @@ class Mechanic:
         begin = partial(self._begin, config) if recentre and config.s_init is None else None
         self.updater._propose(self._state.scales.sum(), finite, begin, recentre)
         self._log(h)
-        self._diagnosis.watch(self._steps, after, sums, self.updater._unit)
+        self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""

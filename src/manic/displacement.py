@@ -361,6 +361,7 @@ class Displacement:
     Attributes:
         slots: what is kept of each parameter, in the order in which they joined.
         joined: whether the last `refresh` saw a parameter for the first time.
+        packings: how often other parameters took part than before.
         eps: ε of the recomputed Δ.
     """
 
@@ -371,6 +372,7 @@ class Displacement:
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
         self.joined: bool = False
+        self.packings: int = 0
         self._reduction: Reduction | None = None
         self._buckets: list[Bucket | Batch] = []
         self._key: list[int] = []  # identity and address of every parameter in the buckets
@@ -411,6 +413,7 @@ class Displacement:
         if key != self._key or self._reduction is None:
             self._reduction = Reduction(parameters, self.process_group)
             self._buckets, self._key = _pack(active, self._reduction), key
+            self.packings += 1
         if touched:
             for bucket in self._buckets:
                 bucket.forget()

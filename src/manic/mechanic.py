@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import tuner
+from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import STATE_VERSION, Updater, check_version
@@ -87,6 +88,7 @@ class Mechanic:
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
+        self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
@@ -124,14 +126,21 @@ class Mechanic:
         Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
         again before ``updater.step()``, it replaces what it computed first.
 
+        At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
+        stays at its start, runs away or oscillates.
+
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
+
+        Warns:
+            ScaleWarning: once for each of these.
         """
-        sums, scale = self.updater._observe(with_x=self._config.s_decay != 0)
+        step = self._steps + (not self.updater._pending)
+        sums, scale = self.updater._observe(with_x=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
         self._to(scale)
         if not self.updater._pending:
-            self._steps += 1
+            self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
         config = self._config
         if config.max_scale is not None:
@@ -150,6 +159,7 @@ class Mechanic:
         begin = partial(self._begin, config) if recentre and config.s_init is None else None
         self.updater._propose(total, finite, begin, recentre)
         self._log(h)
+        self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
@@ -192,6 +202,7 @@ class Mechanic:
         self._check_state(state_dict)
         self._configure(TunerConfig(**state_dict["config"]))
         self._steps = state_dict["steps"]
+        self._diagnosis = Diagnosis()
         self._skipped.copy_(state_dict["skipped"])
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))

@@ -1,0 +1,132 @@
+"""`Diagnosis`: what ails a run, told from its scale. The figures behind the thresholds: `docs/troubleshooting.md`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from manic.tuner import Sums, TunerState
+
+WINDOW = 64  # steps before a check that it looks at
+FIRST = 128  # the first check; the others are at the powers of two after it
+GROWTH = 10.0  # of the parameters' norm beyond the largest at the checks before
+PINNED_GROWTH = 4.0  # the same, if the gradient's norm is the same at every step
+TURNS = 5  # of the scale, each after a change by a factor of 2, before this check and before the last
+SPREAD = 1e-3  # of the gradient's norm in a window, relative: less is the same norm at every step
+
+
+class ScaleWarning(UserWarning):
+    """The scale shows that something is wrong. `Mechanic.step` warns of each ailment once.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=ScaleWarning)  # hides it
+    """
+
+
+class Diagnosis:
+    """Warns, once for each ailment, of a scale that stays at its start, runs away or oscillates.
+
+    It keeps a few 0-d tensors of the `WINDOW` steps before a check, and reads them in one transfer at the check: at
+    steps 128, 256, 512, … None of it is saved; a resumed run is judged afresh.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._largest: tuple[float, int] | None = None  # ‖x‖ at the checks so far, and the step
+        self._pinned = False  # whether ‖g‖ was the same at every step before the last check
+        self._turns = 0  # of the scale, before the last check
+        self._told: set[str] = set()
+        self._packings = 0
+
+    @staticmethod
+    def looks_at(step: int) -> bool:
+        """Whether a step, counted from 1, is one of the `WINDOW` before a check, where the sums with x are needed."""
+        return max(FIRST, 1 << (step - 1).bit_length()) - step < WINDOW
+
+    def watch(self, step: int, state: TunerState, sums: Sums, unit: float, packings: int) -> None:
+        """See a step, counted from 1; the tensors must be of that step alone, not written later.
+
+        Args:
+            step: the step's number; the same number again replaces what was seen first.
+            state: what `tuner.update` returned.
+            sums: what h was made of.
+            unit: a scale in the user's units per scale in the tuner's.
+            packings: changes when other parameters take part, whose norms do not compare.
+        """
+        if packings != self._packings:
+            self._packings, self._largest, self._seen = packings, None, {}
+        if not self.looks_at(step):
+            return
+        self._seen[step] = (state.scales, state.reward, sums.grad_square, sums.param_square)
+        if step & (step - 1):
+            return
+        steps = [i for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
+        columns = zip(*(self._seen[i] for i in steps), strict=True)
+        self._seen = {}
+        scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
+        read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
+        rows = [(i, *row) for i, row in zip(steps, read, strict=True) if all(map(math.isfinite, row))]
+        if len(rows) > WINDOW // 2:
+            self._judge(step, rows)
+
+    def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
+        steps, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
+        low, high = math.sqrt(min(grad_squares)), math.sqrt(max(grad_squares))
+        norm, pinned = math.sqrt(param_squares[-1]), high - low < SPREAD * high
+        largest, at = self._largest or (math.sqrt(param_squares[0]), steps[0])
+
+        if max(rewards) <= 0:
+            self._tell(
+                "start",
+                f"At step {step} the scale is at its start, {scales[-1]:.3g}: at none of the last {len(rows)} steps "
+                f"was there a reason to take longer ones. The norm of the gradient was {low:.3g} to {high:.3g}. There "
+                "may be nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is it that "
+                "of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
+            )
+        pinned_lately, self._pinned = pinned or self._pinned, pinned
+        if norm > (PINNED_GROWTH if pinned_lately else GROWTH) * largest > 0:
+            grew = f"From step {at} to {step} the norm of the parameters grew from {largest:.3g} to {norm:.3g}"
+            if pinned_lately:
+                self._tell(
+                    "pinned",
+                    f"{grew}, and the norm of the gradient was the same at every step. A gradient that is normalized, "
+                    "or clipped at every step, does not shrink as the loss does, so the scale cannot tell that it is "
+                    "large enough. Clip at a higher norm, or not at all.",
+                )
+            else:
+                self._tell(
+                    "runaway",
+                    f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is the loss bounded from "
+                    "below? Let the schedule decay to zero, or give Mechanic a max_scale.",
+                )
+        turns = _turns(scales)
+        if min(turns, self._turns) >= TURNS:
+            self._tell(
+                "oscillation",
+                f"In the {len(rows)} steps up to {step} the scale turned {turns} times, each time after a change by a "
+                f"factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}, and it did so before the last "
+                "check too. What is right for some steps is wrong for the next: shuffle the data, or average over "
+                "larger batches.",
+            )
+        self._largest, self._turns = max((norm, step), (largest, at)), turns
+
+    def _tell(self, ailment: str, message: str) -> None:
+        if ailment not in self._told:
+            self._told.add(ailment)
+            # The frames between are of `watch`, `Mechanic.step` and its no_grad.
+            warnings.warn(f"{message} See docs/troubleshooting.md.", ScaleWarning, stacklevel=6)
+
+
+def _turns(scales: tuple[float, ...]) -> int:
+    """How often the scale turned round after a change by a factor of 2."""
+    turns, way, extreme = 0, 1, -math.inf
+    for value in (math.log2(scale) for scale in scales if scale > 0):
+        if way * (value - extreme) > 0:
+            extreme = value
+        elif way * (extreme - value) >= 1:
+            turns, way, extreme = turns + 1, -way, value
+    return turns

@@ -16,7 +16,6 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	PYTHONPATH=src $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes manic --ignoreexternal
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 package: .venv/dev

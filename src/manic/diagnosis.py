@@ -118,7 +118,7 @@ class Diagnosis:
         if ailment not in self._told:
             self._told.add(ailment)
             # The frames between are of `watch`, `Mechanic.step` and its no_grad.
-            warnings.warn(f"{message} See docs/troubleshooting.md.", ScaleWarning, stacklevel=6)
+            warnings.warn(f"{message} See docs/troubleshooting.md.", ScaleWarning, stacklevel=8)
 
 
 def _turns(scales: tuple[float, ...]) -> int:

@@ -166,7 +166,7 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], share: float, total: int) -> None:
         self._slots = slots
-        self.device = local(slots[0].parameter).device
+        self.device: torch.device = local(slots[0].parameter).device
         self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
@@ -267,11 +267,11 @@ class Batch:
         from manic.kernels.triton import Table
 
         self._slots = slots
-        self.device = slots[0].reference.device
+        self.device: torch.device = slots[0].reference.device
         self.share = share
         self._strides = [local(slot.parameter).stride() for slot in slots]
         deltas = [slot.delta for slot in slots if slot.delta is not None]
-        self.table = Table([slot.x() for slot in slots], [slot.reference for slot in slots], deltas or None)
+        self.table: Table = Table([slot.x() for slot in slots], [slot.reference for slot in slots], deltas or None)
         self._one_pass: Any = None
 
     def gradients(self) -> list[Tensor | None]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-logger = logging.getLogger("manic")
+logger: logging.Logger = logging.getLogger("manic")
 
 CHUNK = 1 << 14  # elements of a program
 BLOCK = 1 << 11  # of which it takes so many at a time: eight a thread
@@ -242,6 +242,9 @@ class Column:
         aligned: whether all of them are multiples of what a thread can load at once.
     """
 
+    addresses: Tensor
+    aligned: bool
+
     def __init__(self, device: torch.device, tensors: list[Tensor | None]) -> None:
         self._device = device
         self._known: list[int] = []
@@ -276,28 +279,29 @@ class Table:
 
     def __init__(self, x: list[Tensor], reference: list[Tensor], delta: list[Tensor] | None) -> None:
         device = x[0].device
-        self.count = len(x)
-        self.stored = delta is not None
-        self.dtype = x[0].dtype
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        self.x, self.reference = Column(device, [*x]), Column(device, [*reference])
-        self.delta = Column(device, [*(reference if delta is None else delta)])
+        self.count: int = len(x)
+        self.stored: bool = delta is not None
+        self.dtype: torch.dtype = x[0].dtype
+        self.wide: torch.dtype = torch.promote_types(self.dtype, torch.float32)
+        self.x: Column = Column(device, [*x])
+        self.reference: Column = Column(device, [*reference])
+        self.delta: Column = Column(device, [*(reference if delta is None else delta)])
         sizes = [tensor.numel() for tensor in x]
         chunks = [number for i, size in enumerate(sizes) for start in range(0, size, CHUNK) for number in (i, start)]
-        self.grid = (len(chunks) // 2,)
+        self.grid: tuple[int] = (len(chunks) // 2,)
         padded = [0]
         for size in sizes:
             padded.append(padded[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         self._room = padded[-1]
-        self.sizes = upload(sizes, torch.int64, device)[1]
-        self.chunks = upload(chunks, torch.int64, device)[1]
-        self.places = upload(padded[:-1], torch.int64, device)[1]
-        self.gradient = Column(device, [None] * len(x))
+        self.sizes: Tensor = upload(sizes, torch.int64, device)[1]
+        self.chunks: Tensor = upload(chunks, torch.int64, device)[1]
+        self.places: Tensor = upload(padded[:-1], torch.int64, device)[1]
+        self.gradient: Column = Column(device, [None] * len(x))
         self._gradient_dtype = self.dtype
         self._converted: list[Tensor | None] = []
-        self.true = torch.ones((), dtype=torch.bool, device=device)
-        self.partial = torch.zeros(4, *self.grid, dtype=torch.float64, device=device)
-        self.carried = False  # whether the partial sums <Δ, x> and <x, x> are those of the present x
+        self.true: Tensor = torch.ones((), dtype=torch.bool, device=device)
+        self.partial: Tensor = torch.zeros(4, *self.grid, dtype=torch.float64, device=device)
+        self.carried: bool = False  # whether the partial sums <Δ, x> and <x, x> are those of the present x
 
     def take_gradients(self, gradients: list[Tensor | None]) -> tl.dtype:
         """Note where the gradients are, and return their dtype.

@@ -48,10 +48,9 @@ def test_sums(form: Any, numel: int, dtype: torch.dtype, tolerance: float) -> No
         for got, want, size in zip(form.sums(x, g, reference, given), exact, sizes, strict=True):
             assert abs(float(got - want)) <= tolerance * max(float(size), 1e-30)
     assert form.sums(x, None, reference, delta)[0] == form.sums(x, None, reference, delta)[2] == 0
-    without_x = form.sums(None, g, reference, delta)
-    assert without_x[0] == form.sums(x, g, reference, delta)[0] != 0
-    assert without_x[2] == form.sums(x, g, reference, delta)[2] != 0
-    assert without_x[1] == without_x[3] == 0
+    first, *others = form.sums(None, g, reference, delta)
+    assert first == form.sums(x, g, reference, delta)[0] != 0
+    assert others == [0, 0, 0]
 
 
 @pytest.mark.parametrize("numel", SIZES)

@@ -38,6 +38,7 @@ class Slot:
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
+        self._strides = real.stride() if self.is_dense() and not parameter.is_complex() else None
         self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
         self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
@@ -104,12 +105,14 @@ class Slot:
                 f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; expected a dense one. "
                 "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
             )
+        if gradient is not None and gradient.stride() == self._strides:
+            return gradient.as_strided((gradient.numel(),), (1,))  # as `_flat` would, in one call
         return None if gradient is None else self._flat(gradient)
 
     def is_dense(self) -> bool:
         """Whether the parameter's elements lie side by side in memory."""
         x = self.x()
-        return x.is_contiguous() and x.data_ptr() == self.address
+        return x.is_contiguous() and x.data_ptr() == local(self.parameter).data_ptr()
 
     def settle(self) -> None:
         """Wait until what the device has still to write to host memory is there."""
@@ -206,10 +209,12 @@ class Bucket:
         flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
-    def sums(self, *, with_x: bool) -> Tensor:
-        """The four sums over them, shape (4,); those with x may be left at 0 where they are not needed."""
-        x = self.values() if with_x or self.delta is None else None
-        return self.kernels.sums(x, self.gradients(), self.reference, self.delta)
+    def sums(self, *, complete: bool) -> Tensor:
+        """The four sums over them, shape (4,); all but <Δ, g> may be 0 if they need not be complete."""
+        x = self.values() if complete or self.delta is None else None
+        # One product of a tensor in cache is over before a compiled loop has begun.
+        kernels = plain if x is None and self.reference.numel() <= plain.BLOCK else self.kernels
+        return kernels.sums(x, self.gradients(), self.reference, self.delta)
 
     def forget(self) -> None:
         """Parameters were changed by others."""
@@ -242,13 +247,15 @@ class Bucket:
 
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
-        parts = x.split(self._sizes)
-        views = [i for i, view in enumerate(self._is_view) if view and self._flat[i] is not x]
-        if views:
-            torch._foreach_copy_([self._flat[i] for i in views], [parts[i] for i in views])  # type: ignore
-        for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
-            if not view:
-                slot.write(part)
+        if x is not self._flat[0]:
+            parts = x.split(self._sizes)
+            views = [i for i, view in enumerate(self._is_view) if view]
+            if views:
+                torch._foreach_copy_([self._flat[i] for i in views], [parts[i] for i in views])  # type: ignore
+            for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
+                if not view:
+                    slot.write(part)
+        for slot in self._slots:
             slot.stamp()
 
 
@@ -285,7 +292,7 @@ class Batch:
             gradients.append(gradient)
         return gradients
 
-    def sums(self, *, with_x: bool) -> Tensor:
+    def sums(self, *, complete: bool) -> Tensor:
         """The four sums over them, shape (4,); those with x come from the last move, at no cost."""
         return self.table.sums(self.gradients())
 
@@ -419,24 +426,20 @@ class Displacement:
                 bucket.forget()
         return lost
 
-    def sums(self, scale: Tensor, *, with_x: bool = True) -> Sums:
+    def sums(self, scale: Tensor, *, complete: bool = True) -> Sums:
         """The four sums over the parameters that take part, on all ranks that they are spread over.
 
         Args:
             scale: the scale in force, 0-d. The sums are on its device, in its dtype.
-            with_x: whether <Δ, x> and ‖x‖² are needed; else they may be 0, and x need not be read.
+            complete: whether all are needed; else all but <Δ, g> may be 0, and x need not be read.
 
         Raises:
             ValueError: a gradient is sparse.
         """
         assert self._reduction is not None
-        parts = [(bucket.sums(with_x=with_x).to(scale), bucket.share) for bucket in self._buckets]
-        if len(parts) == 1 and parts[0][1] == 1:
-            total = parts[0][0]
-        else:
-            total = scale.new_zeros(4)
-            for part, share in parts:
-                total.add_(part, alpha=share)
+        parts = [(bucket.sums(complete=complete).to(scale), bucket.share) for bucket in self._buckets]
+        weighted = [part if share == 1 else part * share for part, share in parts]
+        total = weighted[0] if len(weighted) == 1 else torch.stack([scale.new_zeros(4), *weighted]).sum(0)
         delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)

@@ -137,7 +137,7 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         step = self._steps + (not self.updater._pending)
-        sums, scale = self.updater._observe(with_x=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
+        sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
         self._to(scale)
         if not self.updater._pending:
             self._steps = step
@@ -149,8 +149,9 @@ class Mechanic:
         tune = one_launch(_tune) if scale.is_cuda else _tune
         h, finite, after, total = tune(sums, scale, self._previous, self._betas, config)
         if self.updater.nonfinite == "raise" and not finite:
+            norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
-                f"At step {self._steps} the gradient's norm is {float(sums.grad_square.sqrt())} and h is {float(h)}; "
+                f"At step {self._steps} the gradient's norm is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore

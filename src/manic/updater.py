@@ -171,8 +171,8 @@ class Updater:
         self.base_optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def _observe(self, *, with_x: bool) -> tuple[Sums, Tensor]:
-        """The four sums at the present point, those with x only if asked, and the scale in force, in the tuner's units.
+    def _observe(self, *, complete: bool) -> tuple[Sums, Tensor]:
+        """The four sums at the present point, see `Displacement.sums`, and the scale in force, in the tuner's units.
 
         `Mechanic.step` calls this. It is here that parameters get their x_ref, and that changes made
         by others since the last step are noticed.
@@ -193,7 +193,7 @@ class Updater:
                 "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
                 stacklevel=3,
             )
-        return self.displacement.sums(self._scale, with_x=with_x), self._scale
+        return self.displacement.sums(self._scale, complete=complete), self._scale
 
     def _propose(
         self,

@@ -48,8 +48,8 @@ def _sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor |
     delta = delta.double()
     g = torch.zeros_like(delta) if g is None else g.double()
     zero = delta.new_zeros(())
-    with_x = (zero, zero) if x is None else ((delta * x).sum(), (x * x).sum())
-    return torch.stack([(delta * g).sum(), with_x[0], (g * g).sum(), with_x[1]])
+    others = (zero, zero, zero) if x is None else ((delta * x).sum(), (g * g).sum(), (x * x).sum())
+    return torch.stack([(delta * g).sum(), *others])
 
 
 def _move(

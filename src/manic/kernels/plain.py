@@ -21,7 +21,7 @@ def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | 
     """<Δ, g>, <Δ, x>, <g, g> and <x, x>, in float64 (float32 where the device has no more).
 
     Args:
-        x: parameters, 1-d; ``None`` if Δ is given and the sums with x are not needed, which are then 0.
+        x: parameters, 1-d; ``None`` if Δ is given and only <Δ, g> is needed: the others are then 0.
         g: their gradient, or ``None`` for zero.
         reference: x_ref; it and Δ may be in host memory.
         delta: Δ, at least float32; ``None`` stands for x - x_ref.
@@ -33,6 +33,7 @@ def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | 
     wide = torch.promote_types(reference.dtype, torch.float32)
     zero = torch.zeros((), dtype=wide, device=here.device)
     parts = []
+    complete = x is not None
     for x, g, reference, delta in blocks(x, g, reference, delta):
         x = None if x is None else x.to(wide)
         if delta is None:
@@ -42,8 +43,8 @@ def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | 
             delta = fetch(delta, here)
         g = None if g is None else g.to(wide)
         parts += [
-            torch.dot(a, b) if a is not None and b is not None else zero
-            for a, b in ((delta, g), (delta, x), (g, g), (x, x))
+            zero if a is None or b is None else torch.dot(a, b)
+            for a, b in ((delta, g), (delta, x), (g if complete else None, g), (x, x))
         ]
     total = torch.float32 if here.device.type == "mps" else torch.float64
     return torch.stack(parts).view(-1, 4).sum(0, dtype=total)

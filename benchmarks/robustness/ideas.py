@@ -47,6 +47,8 @@ class Idea:
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
         betas: β.
+        per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
+            the rest (``"head"``), or each ``"tensor"``.
     """
 
     s_init: float | None = None
@@ -62,11 +64,11 @@ class Idea:
     forget: float | None = None
     s_decay: float = 0.0
     betas: tuple[float, ...] = BETAS
+    per: str = "model"
 
 
-PUBLISHED = Idea(s_init=1e-8, stake=100, recentre="never", clip=False, s_decay=1e-2)
 IDEAS = {
-    "published": PUBLISHED,
+    "published": Idea(s_init=1e-8, stake=100, recentre="never", clip=False, s_decay=1e-2),
     "published, s_init 1e-4": Idea(s_init=1e-4, stake=100, recentre="never", clip=False, s_decay=1e-2),
     "s_init from the data": Idea(recentre="never", clip=False),
     "…, and settled while the schedule decays": Idea(recentre="never", clip=False, settle=1.0),
@@ -91,29 +93,60 @@ IDEAS = {
     "…, starting the tuner anew each time": Idea(restart=True),
     "…, β = 0.99 alone": Idea(betas=(0.99,)),
     "…, β = 0.9, 0.99, 0.999": Idea(betas=(0.9, 0.99, 0.999)),
+    "…, a scale for matrices, one for vectors": Idea(per="kind"),
+    "…, a scale for the last layer, one for the rest": Idea(per="head"),
+    "…, a scale for each tensor": Idea(per="tensor"),
 }
 
 
 class Tuner:
-    """The state of one idea, for every seed."""
+    """The state of one idea: scales for every seed and group of tensors."""
 
-    def __init__(self, idea: Idea, seeds: int) -> None:
+    def __init__(self, idea: Idea, stack: Stack) -> None:
         self.idea = idea
         self.betas = torch.tensor(idea.betas, dtype=torch.float64)
         self.n = len(idea.betas)
-        self.start = torch.full((seeds, 1), idea.s_init or 0.0, dtype=torch.float64)
-        self.s = self.r = self.m = self.v = torch.zeros(seeds, self.n, dtype=torch.float64)
-        self.scale = torch.zeros(seeds, dtype=torch.float64)
+        self.counts = torch.tensor([shape.numel() for shape in stack.shapes.values()])
+        last = list(stack.shapes)[-1].rpartition(".")[0]
+        self.group = torch.tensor(
+            [
+                {"model": 0, "kind": int(len(shape) > 1), "head": int(name.startswith(last)), "tensor": i}[idea.per]
+                for i, (name, shape) in enumerate(stack.shapes.items())
+            ]
+        )
+        self.scale = torch.zeros(len(SEEDS), int(self.group.max()) + 1, dtype=torch.float64)
+        self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
+        self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
         self.highest = 0.0
         self.turn = idea.first
 
-    def update(self, h: Tensor, size: Tensor, moved: Tensor, part: float) -> Tensor:
-        """The next scale, from h, ‖x‖, ‖u‖ and the schedule's factor."""
-        idea, h = self.idea, h.unsqueeze(-1)
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """<a, b> within every group, (seeds, groups)."""
+        parts = [part.sum(-1) for part in (a.double() * b.double()).split(self.counts.tolist(), -1)]
+        return torch.zeros_like(self.scale).index_add(-1, self.group, torch.stack(parts, -1))
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """A number for every group, at every element."""
+        return scale[:, self.group].repeat_interleave(self.counts, -1)
+
+    def step(self, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
+        """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
+        idea = self.idea
+        h = self.product(delta, g)
+        if idea.s_decay:
+            h += idea.s_decay * self.scale * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:
-                self.start = (idea.share * size / moved * (part if idea.by_factor else 1.0)).unsqueeze(-1)
-            self.s = (idea.stake * self.start / self.n).expand(-1, self.n)
+                ones = torch.ones_like(x)
+                size = torch.maximum(self.product(x, x), tuner.LEAST_SIZE**2 * self.product(ones, ones)).sqrt()
+                moved = self.product(u, u).sqrt() / (part if idea.by_factor else 1.0)
+                self.start = (idea.share * size / moved).unsqueeze(-1)
+            self.s = (idea.stake * self.start / self.n).expand_as(self.s)
+        return self.spread(self.update(h, part))
+
+    def update(self, h: Tensor, part: float) -> Tensor:
+        """The next scale of every group, from h and the schedule's factor."""
+        idea, h = self.idea, h.unsqueeze(-1)
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(h, -torch.as_tensor(bound)), torch.as_tensor(bound))
         self.m = torch.maximum(self.betas * self.m, h.abs())
@@ -137,7 +170,7 @@ class Tuner:
             self.turn = max(step + 1, round(step * self.idea.growth))
         if self.idea.restart:
             self.start = self.scale.unsqueeze(-1)
-            self.s = (self.start / self.n).expand(-1, self.n)
+            self.s = (self.start / self.n).expand_as(self.s)
             self.r = self.m = self.v = torch.zeros_like(self.v)
         return True
 
@@ -147,19 +180,16 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
     x = stack.start[:, None].repeat(1, len(ideas), 1)
     reference, delta = x.clone(), torch.zeros_like(x)
     state = torch.zeros_like(x), torch.zeros_like(x)
-    tuners = [Tuner(idea, len(SEEDS)) for idea in ideas]
+    tuners = [Tuner(idea, stack) for idea in ideas]
     streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
     for step, rows in enumerate(zip(*streams, strict=True)):
         inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
-        g, _ = stack._gradient(x, inputs, targets)
+        g, _ = stack.gradient(x, inputs, targets)
         part, after = factor(schedule, step, STEPS), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
         u = after - x
-        sizes, steps, grads = (part.double().norm(dim=-1) for part in (x, u, g))
-        dg, dx = (torch.linalg.vecdot(delta.double(), other.double()) for other in (g, x))
         for i, one in enumerate(tuners):
-            h = dg[:, i] + one.idea.s_decay * one.scale * grads[:, i] * dx[:, i] / sizes[:, i]
-            scale = one.update(h, sizes[:, i], steps[:, i], part).to(x.dtype).unsqueeze(-1)
+            scale = one.step(delta[:, i], g[:, i], x[:, i], u[:, i], part).to(x.dtype)
             delta[:, i] = (one.idea.forget or 1.0) * delta[:, i] + u[:, i]
             if one.idea.forget is not None:
                 x[:, i] += scale * u[:, i]

@@ -235,7 +235,7 @@ class Stack:
     def __init__(self, task: Task, seeds: list[int]) -> None:
         self.task, self.seeds = task, seeds
         models = [model_of(task, seed) for seed in seeds]
-        shapes = {name: parameter.shape for name, parameter in models[0].named_parameters()}
+        self.shapes = shapes = {name: parameter.shape for name, parameter in models[0].named_parameters()}
         self.start = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach() for model in models])
 
         def loss(flat: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Stack:
             return task.loss(functional_call(models[0], parameters, (inputs,)), targets)
 
         same_batch = (0, None, None)
-        self._gradient = vmap(vmap(grad_and_value(loss), in_dims=same_batch))
+        self.gradient = vmap(vmap(grad_and_value(loss), in_dims=same_batch))
         self._loss = vmap(vmap(loss, in_dims=same_batch), in_dims=same_batch)
 
     def train(self, base: str, schedule: str, lrs: list[float], steps: int) -> Tensor:
@@ -255,7 +255,7 @@ class Stack:
         streams = [batches(self.task, seed, steps) for seed in self.seeds]
         for step, rows in enumerate(zip(*streams, strict=True)):
             inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
-            gradient, _ = self._gradient(x, inputs, targets)
+            gradient, _ = self.gradient(x, inputs, targets)
             base_step(base, x, gradient, *state, lr * factor(schedule, step, steps), step + 1)
         return x
 

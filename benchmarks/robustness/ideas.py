@@ -41,8 +41,9 @@ class Idea:
         by_factor: divide the first update by the schedule's factor.
         recentre: when x_ref moves: ``"never"``, ``"doubling"`` from step `first` on, or ``"every"`` `first` steps.
         growth: of the distance between two such steps, if it is doubling.
-        restart: forget r, m and v then, and take the scale for s_init.
+        kept: the share of r, m and √v that is kept then; with `restart`, none, and the scale becomes s_init.
         clip: bets are clipped to ±m.
+        losses: what bets that are lost count for, beside those that are won.
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
@@ -58,8 +59,10 @@ class Idea:
     recentre: str = "doubling"
     first: int = 1
     growth: float = 2.0
+    kept: float = tuner.KEPT
     restart: bool = False
     clip: bool = True
+    losses: float = 1.0
     settle: float = 0.0
     forget: float | None = None
     s_decay: float = 0.0
@@ -75,15 +78,20 @@ IDEAS = {
     "…, settled below 0.7 of its peak": Idea(recentre="never", clip=False, settle=0.7),
     "x + s u, Δ decays by 0.99": Idea(forget=0.99, clip=False),
     "x + s u, Δ decays by 0.999": Idea(forget=0.999, clip=False),
-    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100),
-    "doubling": Idea(clip=False),
-    "**doubling, clipped: the default**": Idea(),
+    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100, kept=1.0),
+    "doubling": Idea(clip=False, kept=1.0),
+    "doubling, clipped": Idea(kept=1.0),
+    "**doubling, clipped, half forgotten: the default**": Idea(),
+    "…, 9/10 forgotten": Idea(kept=0.1),
+    "…, losses count half": Idea(losses=0.5),
     "…, with λ = 0.01": Idea(s_decay=1e-2),
     "…, settled below 0.5": Idea(settle=0.5),
     "…, not divided by the factor": Idea(by_factor=False),
     "…, first scale = s_init": Idea(stake=1),
     "…, first scale = 100 s_init": Idea(stake=100),
     "…, ρ = 1e-4": Idea(share=1e-4),
+    "…, ρ = 1e-3": Idea(share=1e-3),
+    "…, ρ = 2e-3": Idea(share=2e-3),
     "…, ρ = 1e-2": Idea(share=1e-2),
     "…, ρ = 1e-2, first scale = s_init": Idea(share=1e-2, stake=1),
     "…, from step 32": Idea(first=32),
@@ -149,6 +157,7 @@ class Tuner:
         idea, h = self.idea, h.unsqueeze(-1)
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(h, -torch.as_tensor(bound)), torch.as_tensor(bound))
+        bet = torch.where(bet > 0, idea.losses * bet, bet)
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas * self.r - self.s * bet).clamp(min=0)
@@ -168,6 +177,8 @@ class Tuner:
         self.turn = step + self.idea.first
         if self.idea.recentre == "doubling":
             self.turn = max(step + 1, round(step * self.idea.growth))
+        kept = self.idea.kept
+        self.r, self.m, self.v = kept * self.r, kept * self.m, kept**2 * self.v
         if self.idea.restart:
             self.start = self.scale.unsqueeze(-1)
             self.s = (self.start / self.n).expand_as(self.s)

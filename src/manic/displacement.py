@@ -223,11 +223,12 @@ class Bucket:
         """x and x_ref, 1-d."""
         return [(self.values(), self.reference)]
 
-    def recentre(self) -> None:
+    def recentre(self, when: Tensor | None) -> None:
         """See `Displacement.recentre`."""
-        self.reference.copy_(self.values())
-        if self.delta is not None:
-            self.delta.zero_()
+        x, delta = self.values(), self.delta
+        self.reference.copy_(x if when is None else torch.where(when, x, self.reference))
+        if delta is not None:
+            delta.copy_(torch.zeros_like(delta) if when is None else torch.where(when, 0, delta))
 
     def restore(self, before: Tensor | None, scale: Tensor) -> None:
         """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
@@ -304,13 +305,9 @@ class Batch:
         """x and x_ref, 1-d."""
         return [(slot.x(), slot.reference) for slot in self._slots]
 
-    def recentre(self) -> None:
+    def recentre(self, when: Tensor | None) -> None:
         """See `Displacement.recentre`."""
-        self.forget()
-        torch._foreach_copy_([slot.reference for slot in self._slots], [slot.x() for slot in self._slots])  # type: ignore
-        for slot in self._slots:
-            if slot.delta is not None:
-                slot.delta.zero_()
+        self.table.recentre(self.table.true if when is None else when)
 
     def backup(self) -> Tensor:
         """A copy of the parameters."""
@@ -504,10 +501,14 @@ class Displacement:
                 total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
         return self._reduction(total).unbind()  # type: ignore
 
-    def recentre(self) -> None:
-        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0."""
+    def recentre(self, when: Tensor | None = None) -> None:
+        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0.
+
+        Args:
+            when: 0-d bool, ``False`` if nothing is to be done; ``None`` stands for ``True``.
+        """
         for bucket in self._buckets:
-            bucket.recentre()
+            bucket.recentre(None if when is None else when.to(bucket.device))
 
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""

@@ -147,7 +147,9 @@ class Mechanic:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
         tune = one_launch(_tune) if scale.is_cuda else _tune
-        recentre = tuner.recentres(self.updater._steps + 1, config)
+        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
+        captured = _is_captured(scale)
+        recentre = tuner.recentres((self.updater._taken if captured else self.updater._steps) + 1, config)
         h, finite, after, total = tune(sums, scale, self._previous, self._betas, config, recentre)
         if self.updater.nonfinite == "raise" and not finite:
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
@@ -157,7 +159,7 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        begin = partial(self._begin, config) if recentre and config.s_init is None else None
+        begin = partial(self._begin, config) if recentre is True and config.s_init is None else None
         self.updater._propose(total, finite, begin, recentre)
         self._log(h)
         self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
@@ -248,14 +250,18 @@ class Mechanic:
         )
 
 
+def _is_captured(scale: Tensor) -> bool:
+    return scale.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _tune(
-    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, recentre: bool
+    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, recentre: bool | Tensor
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
     after = tuner.update(state, h, betas, config)
-    if recentre:
-        after = tuner.forget(after)
+    if recentre is not False:
+        after = tuner.forget(after, recentre)
     after = TunerState(*(torch.where(finite, new, old) for new, old in zip(after, state, strict=True)))
     return h, finite, after, after.scales.sum()

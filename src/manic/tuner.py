@@ -197,12 +197,12 @@ def recentres(step: Any, config: TunerConfig) -> Any:
     return config.rule == "manic" and (step & (step - 1)) == 0
 
 
-def forget(state: TunerState, kept: float | Tensor = KEPT) -> TunerState:
+def forget(state: TunerState, when: bool | Tensor = True) -> TunerState:
     """Equation (10), which leaves s as it is.
 
     Args:
         state: of any shape.
-        kept: the factor; a tensor, of 1 where nothing is to be forgotten, has the shape of the numbers or none.
+        when: whether to; as a tensor, 0-d or of the shape of the numbers.
 
     Example:
         >>> config = TunerConfig(betas=(0.9,), s_init=1e-6)
@@ -210,6 +210,7 @@ def forget(state: TunerState, kept: float | Tensor = KEPT) -> TunerState:
         >>> [float(number) for number in (state.max_product, forget(state).max_product, forget(state).sum_squares)]
         [8.0, 4.0, 16.0]
     """
+    kept = torch.where(when, KEPT, 1.0) if isinstance(when, Tensor) else KEPT if when else 1.0
     r, m, v = state.reward, state.max_product, state.sum_squares
     return state._replace(reward=kept * r, max_product=kept * m, sum_squares=kept**2 * v)
 

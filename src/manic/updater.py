@@ -132,7 +132,7 @@ class Updater:
         self._claimed = False  # by a Mechanic
         self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-        self._recentre = False
+        self._recentre: bool | Tensor = False
         self._handed_off = False
         self._warned_of_change = False
         self._check_groups()
@@ -145,6 +145,7 @@ class Updater:
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
         self._finite = torch.ones((), device=device, dtype=torch.bool)
+        self._taken = torch.zeros((), device=device, dtype=torch.int64)  # steps, those in replays of a CUDA graph too
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -200,7 +201,7 @@ class Updater:
         scale: Tensor,
         finite: Tensor,
         begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        recentre: bool = False,
+        recentre: bool | Tensor = False,
     ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
@@ -208,7 +209,7 @@ class Updater:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
             begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements, see `tuner.begin`.
-            recentre: have `step` move x_ref to the parameters at its end.
+            recentre: have `step` move x_ref to the parameters at its end; a 0-d bool may say so on the device.
         """
         self._next_scale.copy_(scale)
         self._finite.copy_(finite)
@@ -265,9 +266,10 @@ class Updater:
                         self._next_scale.copy_(self._begin(*self._first_sizes()))
                     self.displacement.move(before, self._scale, self._next_scale, finite)
                 self._scale.copy_(self._next_scale)
-                if self._recentre:
-                    self.displacement.recentre()
+                if self._recentre is not False:
+                    self.displacement.recentre(None if self._recentre is True else self._recentre)
                 self._steps += 1
+                self._taken += self._finite
         except BaseException:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
@@ -360,7 +362,7 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
-            "steps": self._steps,
+            "steps": max(self._steps, int(self._taken)),
             "displacement": self.displacement.state(self._parameters()),
         }
 
@@ -403,6 +405,7 @@ class Updater:
     def _load_tuning(self, scale: Tensor, unit: float, steps: int, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Take up a saved scale (in the tuner's units), `unit`, number of steps taken, and displacement."""
         self._steps = steps
+        self._taken.fill_(steps)
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False
@@ -466,7 +469,7 @@ class Updater:
         if self._scale.device != device:
             self._scale = self._scale.to(device, scale_dtype(device))
             self._next_scale = self._next_scale.to(device, scale_dtype(device))
-            self._finite = self._finite.to(device)
+            self._finite, self._taken = self._finite.to(device), self._taken.to(device)
 
     @contextmanager
     def _internal_rates(self) -> Iterator[None]:

@@ -218,6 +218,32 @@ def _move(
 
 
 @triton.jit
+def _recentre(
+    partial, chunks, sizes, x, reference, delta, when,
+    X: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x_ref ← x, Δ ← 0, and so the second sum, on every chunk."""
+    if tl.load(when) != 0:
+        i, start, count = _chunk(chunks, sizes, CHUNK)
+        x = _address(x, i, start, X, ALIGNED)
+        reference = _address(reference, i, start, X, ALIGNED)
+        delta = _address(delta, i, start, WIDE, ALIGNED)
+        zero = tl.zeros((BLOCK,), WIDE)
+        full = count // BLOCK * BLOCK
+        lane = tl.arange(0, BLOCK)
+        for block in range(0, full, BLOCK):
+            _store(reference, block + lane, count, _load(x, block + lane, count, X, False), False)
+            if STORED:
+                _store(delta, block + lane, count, zero, False)
+        if full < count:
+            _store(reference, full + lane, count, _load(x, full + lane, count, X, True), True)
+            if STORED:
+                _store(delta, full + lane, count, zero, True)
+        _put_sum(partial, 1, zero)
+
+
+@triton.jit
 def _copy(
     out, places, chunks, sizes, x,
     X: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -354,6 +380,10 @@ class Table:
         columns = (self.x, room, self.places, self.reference, self.delta, old, new, finite.view(torch.uint8))
         self.launch(_move, *columns, X=TYPES[self.dtype])
         self.carried = self.stored
+
+    def recentre(self, when: Tensor) -> None:
+        """x_ref ← x, Δ ← 0, in one launch, if ``when``, a 0-d bool on the device."""
+        self.launch(_recentre, self.x, self.reference, self.delta, when.view(torch.uint8), X=TYPES[self.dtype])
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Run a kernel with one program per chunk."""

@@ -57,7 +57,7 @@ class Oracle:
                 self.s[i] = wealth / math.sqrt(self.v[i])
         if self.s_init is None:
             size = max(norm_x, 1e-3 * math.sqrt(len(x)))
-            self.s_init = 1.5e-3 * size / (math.sqrt(dot(u, u)) / factor)
+            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
             self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
         self.h = h
         self.delta = [d + ui for d, ui in zip(self.delta, u, strict=True)]
@@ -65,6 +65,4 @@ class Oracle:
         self.steps += 1
         if self.rule == "manic" and math.log2(self.steps).is_integer():
             self.reference, self.delta = new, [0.0] * len(x)
-            self.r, self.m = [0.5 * ri for ri in self.r], [0.5 * mi for mi in self.m]
-            self.v = [0.25 * vi for vi in self.v]
         return new

@@ -59,7 +59,7 @@ class Idea:
     recentre: str = "doubling"
     first: int = 1
     growth: float = 2.0
-    kept: float = tuner.KEPT
+    kept: float = 1.0
     restart: bool = False
     clip: bool = True
     losses: float = 1.0
@@ -78,11 +78,12 @@ IDEAS = {
     "…, settled below 0.7 of its peak": Idea(recentre="never", clip=False, settle=0.7),
     "x + s u, Δ decays by 0.99": Idea(forget=0.99, clip=False),
     "x + s u, Δ decays by 0.999": Idea(forget=0.999, clip=False),
-    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100, kept=1.0),
-    "doubling": Idea(clip=False, kept=1.0),
-    "doubling, clipped": Idea(kept=1.0),
-    "**doubling, clipped, half forgotten: the default**": Idea(),
-    "…, 9/10 forgotten": Idea(kept=0.1),
+    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100),
+    "doubling": Idea(clip=False),
+    "**doubling, clipped: the default**": Idea(),
+    "…, forgetting half each time": Idea(kept=0.5),
+    "…, forgetting half each time, ρ = 1.5e-3": Idea(kept=0.5, share=1.5e-3),
+    "…, forgetting 9/10 each time": Idea(kept=0.1),
     "…, losses count half": Idea(losses=0.5),
     "…, with λ = 0.01": Idea(s_decay=1e-2),
     "…, settled below 0.5": Idea(settle=0.5),
@@ -90,7 +91,6 @@ IDEAS = {
     "…, first scale = s_init": Idea(stake=1),
     "…, first scale = 100 s_init": Idea(stake=100),
     "…, ρ = 1e-4": Idea(share=1e-4),
-    "…, ρ = 1e-3": Idea(share=1e-3),
     "…, ρ = 2e-3": Idea(share=2e-3),
     "…, ρ = 1e-2": Idea(share=1e-2),
     "…, ρ = 1e-2, first scale = s_init": Idea(share=1e-2, stake=1),

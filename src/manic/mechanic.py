@@ -32,7 +32,7 @@ class Mechanic:
             ``"manic"`` and 1e-2 for the published ones.
         s_init: start of the tuner's wealth, an underestimate of the effective learning rate (with ``internal_lr=None``,
             of that divided by lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which moves
-            the parameters by 4.5 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
+            the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
@@ -147,10 +147,7 @@ class Mechanic:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
         tune = one_launch(_tune) if scale.is_cuda else _tune
-        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
-        captured = _is_captured(scale)
-        recentre = tuner.recentres((self.updater._taken if captured else self.updater._steps) + 1, config)
-        h, finite, after, total = tune(sums, scale, self._previous, self._betas, config, recentre)
+        h, finite, after, total = tune(sums, scale, self._previous, self._betas, config)
         if self.updater.nonfinite == "raise" and not finite:
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
@@ -159,6 +156,9 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
+        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
+        taken = self.updater._taken if _is_captured(scale) else self.updater._steps
+        recentre = tuner.recentres(taken + 1, config)
         begin = partial(self._begin, config) if recentre is True and config.s_init is None else None
         self.updater._propose(total, finite, begin, recentre)
         self._log(h)
@@ -255,13 +255,11 @@ def _is_captured(scale: Tensor) -> bool:
 
 
 def _tune(
-    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, recentre: bool | Tensor
+    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
     after = tuner.update(state, h, betas, config)
-    if recentre is not False:
-        after = tuner.forget(after, recentre)
     after = TunerState(*(torch.where(finite, new, old) for new, old in zip(after, state, strict=True)))
     return h, finite, after, after.scales.sum()

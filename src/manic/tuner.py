@@ -13,8 +13,7 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
 and, under the rule ``manic`` only::
 
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
-    x_ref ← x_{t+1},  Δ_{t+1} ← 0   if t = 1, 2, 4, 8, …    (9)  in `recentres`, and then
-    (r_t, m_t, √v_t) ← (r_t, m_t, √v_t) / 2                 (10) in `forget`
+    x_ref ← x_{t+1},  Δ_{t+1} ← 0   if t = 1, 2, 4, 8, …    (9)  in `recentres`
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -48,15 +47,14 @@ What each rule does that the paper as printed does not:
   that is not 0. A run is then the same whatever unit the learning rate or the loss is in. Three more changes are each
   for a measured fault of the published rule (``docs/quality.md``):
 
-  - s_init comes from the data (8): a step of s_init moves x by ρ = 1.5e-3 of its norm. A fixed s_init is too small for
+  - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The reference point moves to where the parameters are whenever the number of steps doubles (9); s goes on as it is.
+  - The reference point moves to where the parameters are whenever the number of steps doubles (9); the tuner goes on.
     With a fixed x_ref, <Δ, g> < 0 only says that the way from the start is still downhill, which it is long after
     steps have become too large: s then overshoots by 2 to 3 times. From a recent x_ref it says that the last half of
-    the steps were too short. Δ then starts from 0, and h with it: halving what is remembered (10) lets what is to come
-    count beside it. The bound of the paper holds between two such moves, not across them.
+    the steps were too short. The bound of the paper holds between two such moves, not across them.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -72,9 +70,8 @@ from torch import Tensor
 
 RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
-SHARE = 1.5e-3  # ρ: the share of its norm by which an update of s_init moves x
+SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 30  # κ: the first scale, in s_init
-KEPT = 0.5  # of r, m and √v when the reference point moves
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 
 
@@ -178,7 +175,7 @@ def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Ten
         >>> config = TunerConfig()
         >>> norms = torch.tensor(5.0), torch.tensor(2.0), torch.tensor(25)
         >>> round(float(begin(init(config), *norms, config).start.sum()), 6)  # ρ · 5 / 2
-        0.00375
+        0.0025
     """
     size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
     s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
@@ -195,24 +192,6 @@ def recentres(step: Any, config: TunerConfig) -> Any:
         [1, 2, 4, 8, 16, 32, 64]
     """
     return config.rule == "manic" and (step & (step - 1)) == 0
-
-
-def forget(state: TunerState, when: bool | Tensor = True) -> TunerState:
-    """Equation (10), which leaves s as it is.
-
-    Args:
-        state: of any shape.
-        when: whether to; as a tensor, 0-d or of the shape of the numbers.
-
-    Example:
-        >>> config = TunerConfig(betas=(0.9,), s_init=1e-6)
-        >>> state = update(init(config), torch.tensor(-8.0), torch.tensor(config.betas), config)
-        >>> [float(number) for number in (state.max_product, forget(state).max_product, forget(state).sum_squares)]
-        [8.0, 4.0, 16.0]
-    """
-    kept = torch.where(when, KEPT, 1.0) if isinstance(when, Tensor) else KEPT if when else 1.0
-    r, m, v = state.reward, state.max_product, state.sum_squares
-    return state._replace(reward=kept * r, max_product=kept * m, sum_squares=kept**2 * v)
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:

@@ -112,7 +112,6 @@ def mechanize(
         next_scale = tuned.scales.sum(-1)
         steps = state.steps + 1
         recentred = torch.as_tensor(tuner.recentres(steps, constants))
-        tuned = tuner.forget(tuned, recentred)
 
         def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
             unchanged = x == (reference + delta * scale).to(x.dtype)

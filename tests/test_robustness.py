@@ -206,6 +206,21 @@ def test_resumes_and_reports(main: dict[str, Any], tmp_path: Path) -> None:
     assert {run.method for run in found} - {run.method for run in main["read"](file)} == {"manic"}
 
 
+def test_tasks_can_be_chosen(main: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not cheap are left out of long runs."""
+    options = ["--tasks", "tumours", "recurrent", "--only", "manic", "--processes", "0", "--out", str(tmp_path)]
+    for more, expected in (([], {"tumours", "recurrent"}), (["--long"], {"tumours"})):
+        plans = []
+        monkeypatch.setitem(
+            main["main"].__globals__, "jobs_of", lambda plan, methods, seen=plans: seen.append(plan) or []
+        )
+        monkeypatch.setattr(sys, "argv", ["robustness", "standard", *options, *more])
+        with pytest.raises(SystemExit) as done:
+            main["main"]()
+        assert not done.value.code
+        assert {task for plan in plans for task in plan.tasks} == expected
+
+
 def test_a_failing_job_does_not_stop_the_others(main: dict[str, Any], tmp_path: Path) -> None:
     start = Run("tumours", "", "", START, 0.0, 0, 0)
     jobs = [training.Job((start._replace(task="none"),)), training.Job((start,))]

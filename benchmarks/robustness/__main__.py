@@ -3,7 +3,7 @@
 Trains small nets on real data with the base optimizers at every rate of a grid, and with methods that need no rate;
 prints tables and draws pictures of what the latter lose. See docs/quality.md.
 
-    python benchmarks/robustness quick|picture|standard|full [--only METHOD ...] [--again METHOD ...] [--long]
+    python benchmarks/robustness quick|picture|standard|full [--only METHOD ...] [--tasks TASK ...] [--long]
 
 Each training's losses are kept in a file as they come: a second call does what is missing.
 """
@@ -151,6 +151,7 @@ def main() -> None:
     )
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run and report")
+    parser.add_argument("--tasks", nargs="+", choices=ALL, default=ALL, help="tasks to run and report")
     parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods whose results to forget first")
     parser.add_argument("--long", action="store_true", help="ten times the steps, on the tasks that are cheap")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each; 0: report only")
@@ -168,16 +169,16 @@ def main() -> None:
         print("The base optimizer lion is left out: pytorch_optimizer is not installed", file=sys.stderr)
         plans = [plan._replace(bases=tuple(base for base in plan.bases if base != "lion")) for plan in plans]
     if arguments.long:
-        plans = [
-            plan._replace(steps=10 * plan.steps, tasks=tuple(task for task in plan.tasks if task in CHEAP))
-            for plan in plans[:1]
-        ]
+        plans = [plan._replace(steps=10 * plan.steps) for plan in plans[:1]]
+    asked = [task for task in arguments.tasks if task in CHEAP or not arguments.long]
+    plans = [plan._replace(tasks=tuple(task for task in plan.tasks if task in asked)) for plan in plans]
+    pictured = not arguments.long and set(spread.tasks) <= set(asked)
 
     file = arguments.out / "results.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
     forget(file, arguments.again)
     jobs = [job for plan in plans for job in jobs_of(plan, methods)]
-    if not arguments.long:
+    if pictured:
         jobs += jobs_of_indifference(spread, [method for method in methods if method in STYLES])
     failed = work(jobs, file, arguments.processes) if arguments.processes else 0
 
@@ -188,7 +189,7 @@ def main() -> None:
     for plan in plans:
         write_pairs(plan, methods, found, arguments.out / f"pairs_{plan.steps}.csv")
         draw_profiles(plan, methods, found, arguments.out / f"profiles_{plan.steps}.png")
-    if not arguments.long:
+    if pictured:
         draw_indifference(spread, found, arguments.out / "indifference.png")
     sys.exit(f"{failed} jobs failed; the same command tries them again." if failed else 0)
 

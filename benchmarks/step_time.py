@@ -1,9 +1,10 @@
 """What an optimizer step costs: time, memory and host syncs beside fused AdamW, in one process.
 
-Steps are interleaved and medians taken, so that a busy machine disturbs all alike; steadier there is the time that the
-process has the processor (``OMP_NUM_THREADS=1 … --processor-time``; of optax, all threads'). On CUDA the time is the
-device's, with the host ahead of it; a step that waits for the device pays for the wait. Peers are measured if they are
-installed (``pip install "manic[benchmarks]"``): mechanic-pytorch, Prodigy, D-Adaptation, DoG, schedule-free, optax.
+Steps are interleaved, in an order that changes, and medians taken, so that a busy machine disturbs all alike; steadier
+there is the time that the process has the processor (``OMP_NUM_THREADS=1 … --processor-time``; of optax, all threads').
+On CUDA the time is the device's, with the host ahead of it; a step that waits for the device pays for the wait. Peers
+are measured if they are installed (``pip install "manic[benchmarks]"``): mechanic-pytorch, Prodigy, D-Adaptation, DoG,
+schedule-free, optax.
 
     python benchmarks/step_time.py [--shapes gpt-4m small ...] [--json FILE] [--figure FILE] [--repeats 15]
     python benchmarks/step_time.py --from FILE --figure FILE     # draw what was measured before
@@ -17,6 +18,7 @@ import importlib
 import json
 import math
 import os
+import random
 import statistics
 import time
 import timeit
@@ -169,8 +171,9 @@ def measure(
         if device.type == "cuda":
             results[name] = cuda_facts(step, before, size)
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, step in steps.items():
+        for name, step in order.sample(list(steps.items()), len(steps)):  # what ran before decides what is in cache
             times[name].append(
                 device_time(step) if device.type == "cuda" else 1e3 * timeit.timeit(step, number=1, timer=timer)
             )

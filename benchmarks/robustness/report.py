@@ -18,6 +18,7 @@ HALVES = {
     "Tasks that choices were made on": [task.__name__ for task in CHOOSING],
     "Tasks that no choice has seen": [task.__name__ for task in REPORTED],
 }
+NONE = 1e-7  # losses below count as this: long runs on small data reach 0 in float32
 LEVEL = 0.1  # a gap that counts as being as good
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "lion": "Lion"}
 STYLES: dict[str, dict[str, Any]] = {  # of the lines in the picture of indifference
@@ -72,7 +73,7 @@ class Pair:
         found = self._losses(method, lr)
         bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
         loss = _mean(found)
-        gaps = [math.inf if any(seed[i] for seed in bad) else loss[i] / self.oracle[i] - 1 for i in (0, 1)]
+        gaps = [math.inf if any(seed[i] for seed in bad) else _gap(loss[i], self.oracle[i]) for i in (0, 1)]
         start = _mean(self.starts)
         regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
         diverged = tuple(seed for seed, (valid, _) in zip(self.seeds, bad, strict=True) if valid)
@@ -97,6 +98,10 @@ class Pair:
 
     def _losses(self, method: str, lr: float) -> list[Losses]:
         return [self.found[self.run._replace(method=method, lr=lr, seed=seed)] for seed in self.seeds]
+
+
+def _gap(loss: float, oracle: float) -> float:
+    return max(loss, NONE) / max(oracle, NONE) - 1
 
 
 def _mean(losses: Iterable[Losses]) -> Losses:

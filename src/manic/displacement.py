@@ -19,7 +19,7 @@ from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
-PACK = 1 << 14  # elements: smaller parameters share a bucket
+PACK = 1 << 16  # elements: smaller parameters share a bucket, which costs less than passes of their own
 
 
 class Slot:
@@ -106,7 +106,7 @@ class Slot:
                 "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
             )
         if gradient is not None and gradient.stride() == self._strides:
-            return gradient.as_strided((gradient.numel(),), (1,))  # as `_flat` would, in one call
+            return gradient if gradient.dim() == 1 else gradient.as_strided((gradient.numel(),), (1,))  # quicker
         return None if gradient is None else self._flat(gradient)
 
     def is_dense(self) -> bool:
@@ -189,9 +189,10 @@ class Bucket:
 
     def values(self) -> Tensor:
         """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
+        if len(self._slots) == 1:
+            return self._flat[0] if self._is_view[0] else self._slots[0].x()
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
-        flat = [part if view else slot.x() for part, view, slot in parts]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        return torch.cat([part if view else slot.x() for part, view, slot in parts])
 
     def backup(self) -> Tensor:
         """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
@@ -202,12 +203,13 @@ class Bucket:
 
     def gradients(self) -> Tensor | None:
         """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
+        if len(self._slots) == 1:
+            return self._slots[0].gradient()
         gradients = [slot.gradient() for slot in self._slots]
         if all(gradient is None for gradient in gradients):
             return None
         pairs = zip(gradients, self._flat, strict=True)
-        flat = [torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        return torch.cat([torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs])
 
     def sums(self, *, complete: bool) -> Tensor:
         """The four sums over them, shape (4,); all but <Δ, g> may be 0 if they need not be complete."""

@@ -222,7 +222,9 @@ def draw(report: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             known = [shape for shape in shapes if name in report[shape]]
             sizes = [(sum(map(math.prod, SHAPES[s])) if kind == "gpt" else len(SHAPES[s])) for s in known]
             ratios = [report[shape][name]["ms"] / report[shape]["AdamW, fused"]["ms"] for shape in known]
-            style = {"linewidth": 2.2, "color": "black"} if name == "manic" else {"color": f"C{i % 10}"}
+            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+            if name == "manic":
+                style = {"linewidth": 2.2, "color": "black"}
             axis.plot(sizes, ratios, marker="o", markersize=3, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3)

@@ -227,10 +227,14 @@ class Bucket:
 
     def recentre(self, when: Tensor | None) -> None:
         """See `Displacement.recentre`."""
-        x, delta = self.values(), self.delta
-        self.reference.copy_(x if when is None else torch.where(when, x, self.reference))
-        if delta is not None:
-            delta.copy_(torch.zeros_like(delta) if when is None else torch.where(when, 0, delta))
+        x = self.values()
+        if when is None:
+            when = torch.ones((), dtype=torch.bool, device=self.reference.device)
+        else:
+            x = torch.where(when, x, self.reference)
+        self.reference.copy_(x)
+        if self.delta is not None:
+            self.delta.masked_fill_(when, 0)
 
     def restore(self, before: Tensor | None, scale: Tensor) -> None:
         """Set the parameters to x_ref + scale · Δ, or to a `backup`."""

@@ -41,7 +41,8 @@ class Idea:
         by_factor: divide the first update by the schedule's factor.
         recentre: when x_ref moves: ``"never"``, ``"doubling"`` from step `first` on, or ``"every"`` `first` steps.
         growth: of the distance between two such steps, if it is doubling.
-        kept: the share of r, m and √v that is kept then; with `restart`, none, and the scale becomes s_init.
+        kept: the share of r, m and √v that is kept then.
+        restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
@@ -98,7 +99,7 @@ IDEAS = {
     "…, by a factor of 1.4": Idea(growth=1.4),
     "…, by a factor of 4": Idea(growth=4.0),
     "…, every 100 steps": Idea(recentre="every", first=100),
-    "…, starting the tuner anew each time": Idea(restart=True),
+    "…, starting the tuner anew each time": Idea(kept=0.0, restart=True),
     "…, β = 0.99 alone": Idea(betas=(0.99,)),
     "…, β = 0.9, 0.99, 0.999": Idea(betas=(0.9, 0.99, 0.999)),
     "…, a scale for matrices, one for vectors": Idea(per="kind"),
@@ -182,7 +183,6 @@ class Tuner:
         if self.idea.restart:
             self.start = self.scale.unsqueeze(-1)
             self.s = (self.start / self.n).expand_as(self.s)
-            self.r = self.m = self.v = torch.zeros_like(self.v)
         return True
 
 

@@ -29,6 +29,7 @@ class Slot:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in the parameter's dtype, so that it is exact.
         delta: Δ in at least float32, or ``None`` when it is recomputed from x.
+        strides: of a gradient that lies in memory as the parameter does, or ``None`` where none can.
         offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
     """
 
@@ -38,7 +39,7 @@ class Slot:
         real = _real(local(parameter))
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
-        self._strides = real.stride() if self.is_dense() and not parameter.is_complex() else None
+        self.strides: tuple[int, ...] | None = real.stride() if self.is_dense() and not parameter.is_complex() else None
         self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
         self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
         self._version: int | None = None
@@ -100,14 +101,16 @@ class Slot:
             ValueError: it is sparse.
         """
         gradient = local_gradient(self.parameter)
-        if gradient is not None and gradient.layout != torch.strided:
+        if gradient is None:
+            return None
+        if gradient.layout != torch.strided:
             raise ValueError(
                 f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; expected a dense one. "
                 "Build the layer with sparse=False, or set p.grad = p.grad.to_dense() before the step."
             )
-        if gradient is not None and gradient.stride() == self._strides:
+        if gradient.stride() == self.strides:
             return gradient if gradient.dim() == 1 else gradient.as_strided((gradient.numel(),), (1,))  # quicker
-        return None if gradient is None else self._flat(gradient)
+        return self._flat(gradient)
 
     def is_dense(self) -> bool:
         """Whether the parameter's elements lie side by side in memory."""
@@ -283,7 +286,6 @@ class Batch:
         self._slots = slots
         self.device: torch.device = slots[0].reference.device
         self.share = share
-        self._strides = [local(slot.parameter).stride() for slot in slots]
         deltas = [slot.delta for slot in slots if slot.delta is not None]
         self.table: Table = Table([slot.x() for slot in slots], [slot.reference for slot in slots], deltas or None)
         self._one_pass: Any = None
@@ -291,9 +293,9 @@ class Batch:
     def gradients(self) -> list[Tensor | None]:
         """Their gradients, in memory of the order of the parameters'."""
         gradients: list[Tensor | None] = []
-        for slot, strides in zip(self._slots, self._strides, strict=True):
+        for slot in self._slots:
             gradient = local_gradient(slot.parameter)
-            if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != strides):
+            if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != slot.strides):
                 gradient = slot.gradient()
                 gradient = None if gradient is None else gradient.contiguous()
             gradients.append(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ SIZES = [1, 2, 17, 1000, (1 << 18) - 1, 1 << 18, (1 << 18) + 5]
 needs_compiler = pytest.mark.skipif(not compiled.can_take(torch.zeros(2)), reason="no compiler")
 
 
+@pytest.fixture(autouse=True)
+def _compiles() -> Iterator[None]:
+    """What is said of the compiled form is said of the compiled form: where compiling fails, the plain one goes on."""
+    yield
+    assert compiled._works
+
+
 def tensors(numel: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, g, x_ref and Δ with x = x_ref + 0.1 Δ as the passes leave it."""
     generator = torch.Generator().manual_seed(seed)
@@ -27,6 +35,17 @@ def tensors(numel: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tens
     g = torch.randn(numel, generator=generator, dtype=wide).to(dtype)
     x = plain.point(reference, delta, torch.tensor(0.1, dtype=torch.float64)).to(dtype)
     return x, g, reference, delta
+
+
+def sums(form: Any, *row: Tensor | None) -> Tensor:
+    """``form.sums`` of one part."""
+    x, g, reference, delta = row
+    return form.sums(None if x is None else [x], [g], [reference], None if delta is None else [delta])
+
+
+def move(form: Any, x: Tensor, reference: Tensor, delta: Tensor | None, before: Tensor | None, *rest: Any) -> None:
+    """``form.move`` of one part."""
+    form.move([x], [reference], None if delta is None else [delta], None if before is None else [before], *rest)
 
 
 FORMS = [plain, pytest.param(compiled, marks=needs_compiler)]
@@ -45,11 +64,12 @@ def test_sums(form: Any, numel: int, dtype: torch.dtype, tolerance: float) -> No
             d = (x - reference).double()
         exact = [d @ g.double(), d @ x.double(), g.double() @ g.double(), x.double() @ x.double()]
         sizes = [d.norm() * g.double().norm(), d.norm() * x.double().norm(), exact[2], exact[3]]
-        for got, want, size in zip(form.sums(x, g, reference, given), exact, sizes, strict=True):
+        for got, want, size in zip(sums(form, x, g, reference, given), exact, sizes, strict=True):
             assert abs(float(got - want)) <= tolerance * max(float(size), 1e-30)
-    assert form.sums(x, None, reference, delta)[0] == form.sums(x, None, reference, delta)[2] == 0
-    first, *others = form.sums(None, g, reference, delta)
-    assert first == form.sums(x, g, reference, delta)[0] != 0
+    assert sums(form, x, None, reference, delta)[0] == sums(form, x, None, reference, delta)[2] == 0
+    first, *others = sums(form, None, g, reference, delta)
+    torch.testing.assert_close(first, sums(form, x, g, reference, delta)[0], rtol=0, atol=tolerance * float(sizes[0]))
+    assert first != 0
     assert others == [0, 0, 0]
 
 
@@ -63,30 +83,54 @@ def test_move(numel: int, dtype: torch.dtype) -> None:
     u = after.to(delta.dtype) - before.to(delta.dtype)
     expected = delta + u
     moved = after.clone()
-    plain.move(moved, reference, delta, None, old, new, 1e-8)
+    move(plain, moved, reference, delta, None, old, new, 1e-8)
     assert torch.equal(delta, expected)
     assert torch.equal(moved, (expected * new + reference).to(dtype))
     recomputed = after.clone()
-    plain.move(recomputed, reference, None, before, old, new, 1e-8)
+    move(plain, recomputed, reference, None, before, old, new, 1e-8)
     wide = (before.to(delta.dtype) - reference) / (old + 1e-8) + u
     assert torch.equal(recomputed, (wide * new + reference).to(dtype))
 
 
 @needs_compiler
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("sizes", [[1], [2], SIZES, [1000] * 8, [1 << 18, 17, 1 << 18]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_compiled_move_has_the_same_bits(numel: int, dtype: torch.dtype, stored: bool) -> None:
+def test_the_compiled_move_has_the_same_bits(sizes: list[int], dtype: torch.dtype, stored: bool) -> None:
     old, new = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
-    x, g, reference, delta = tensors(numel, dtype)
     results = []
     for form in (plain, compiled):
-        moved, kept = x + g, delta.clone()
-        form.move(moved, reference, kept if stored else None, None if stored else x, old, new, 1e-8)
-        results.append((moved, kept))
-    assert not torch.equal(results[0][0], x)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+        x, g, reference, delta = map(list, zip(*(tensors(size, dtype) for size in sizes), strict=True))
+        moved = [a + b for a, b in zip(x, g, strict=True)]
+        assert not any(torch.equal(a, b) for a, b in zip(moved, x, strict=True))
+        form.move(moved, reference, delta if stored else None, None if stored else x, old, new, 1e-8)
+        results.append(moved + delta)
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+
+@needs_compiler
+def test_one_compiled_move_serves_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shapes and number of the parameters, and whether some are equal."""
+    monkeypatch.setenv("MANIC_KERNELS", "compiled")
+    monkeypatch.setattr("manic.displacement.PACK", 64)  # so that some are packed
+    torch._dynamo.reset()
+    compiled._spare.cache_clear()
+
+    def train(shapes: list[tuple[int, ...]]) -> None:
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        updater = Updater(torch.optim.SGD(params, lr=1.0))
+        mechanic = Mechanic(updater)
+        for _ in range(2):
+            for p in params:
+                p.grad = p.detach().clone()
+            mechanic.step()
+            updater.step()
+        assert all(bool((p < 1).all()) for p in params)
+
+    train([(64, 2)])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train([(4, 4, 3, 3), (8, 10), (100,), (7,), (5, 2)] + [(9, 9)] * 20)
+    assert compiled.can_take(torch.zeros(2))
 
 
 @needs_compiler
@@ -144,7 +188,7 @@ def test_without_a_working_compiler_the_plain_form_goes_on(monkeypatch: pytest.M
     monkeypatch.setattr(compiled, "_works", True)
     monkeypatch.setattr(compiled, "_compile", fail)
     x, g, reference, delta = tensors(100, torch.float32)
-    assert torch.equal(compiled.sums(x, g, reference, delta), plain.sums(x, g, reference, delta))
+    assert torch.equal(sums(compiled, x, g, reference, delta), sums(plain, x, g, reference, delta))
     assert not compiled.can_take(x)
 
 

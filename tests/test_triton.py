@@ -105,7 +105,7 @@ def test_sums_and_move(dtype: torch.dtype, tolerance: float, stored: bool) -> No
         expected = [(a.clone(), b.clone()) for a, b in zip(x, delta, strict=True)]
         for (a, b), r, start in zip(expected, reference, was, strict=True):
             if a.numel():
-                plain.move(a, r, b if stored else None, None if stored else start, old, new, 1e-8)
+                plain.move([a], [r], [b] if stored else None, None if stored else [start], old, new, 1e-8)
         table.move(None if stored else before, old if stored else old + 1e-8, new, table.true)
         for i, (a, b) in enumerate(expected):
             assert torch.equal(x[i], a)
@@ -133,7 +133,7 @@ def test_bfloat16() -> None:
     table.move(None, scalar(0.1), scalar(0.3), table.true)
     for (a, d), r, got in zip(expected, reference, x, strict=True):
         if a.numel():
-            plain.move(a, r, d, None, scalar(0.1), scalar(0.3), 1e-8)
+            plain.move([a], [r], [d], None, scalar(0.1), scalar(0.3), 1e-8)
         torch.testing.assert_close(got, a, rtol=2**-7, atol=2**-7)
     sums = table.sums(g)
     assert float(sums[3]) == pytest.approx(sum(float(a.double().square().sum()) for a in x), rel=1e-5)

@@ -350,7 +350,8 @@ def test_an_interrupt_in_the_move_leaves_a_point_near_the_last(
     store_delta: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not some parameters at the base optimizer's internal rate."""
-    monkeypatch.setattr("manic.displacement.PACK", 1)  # one bucket a parameter
+    monkeypatch.setattr("manic.displacement.PACK", 1)
+    monkeypatch.setattr("manic.displacement.FEW", 1)  # one bucket a parameter
     model = make_net()
     updater, mechanic = pair(model, store_delta=store_delta)
     train(model, updater, mechanic, range(30))

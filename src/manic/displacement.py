@@ -16,10 +16,11 @@ from torch import Tensor
 
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
 from manic.kernels import choose, in_tables, one_pass, plain
+from manic.kernels.compiled import FEW, alias
 from manic.kernels.plain import point
 from manic.tuner import Sums
 
-PACK = 1 << 16  # elements: smaller parameters share a bucket, which costs less than passes of their own
+PACK = 1 << 16  # elements: smaller parameters share a part, which costs less than passes of their own
 
 
 class Slot:
@@ -52,8 +53,14 @@ class Slot:
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
-    def stamp(self) -> None:
-        """Note that the parameter is as we left it."""
+    def stamp(self, *, written: bool = False) -> None:
+        """Note that the parameter is as we left it.
+
+        Args:
+            written: its memory was, unseen by autograd, which would go on with the graph of the old x.
+        """
+        if written:
+            torch.autograd.graph.increment_version(local(self.parameter))
         self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
 
     def leave(self) -> None:
@@ -153,30 +160,25 @@ class Slot:
         return torch.view_as_complex(real) if self.parameter.is_complex() else real
 
 
-class Bucket:
-    """Parameters that the passes treat as one 1-d tensor: one large parameter, or many small ones packed.
+class Part:
+    """One large parameter, or many small ones packed, as one 1-d tensor.
 
     Packing keeps the cost of a step with many small tensors near that of their elements. x_ref and Δ of packed
     parameters live in one tensor, of which their slots have views; x and g are gathered for a pass.
 
     Args:
         slots: of parameters on one device, of one dtype.
-        share: the weight of this rank's sums over them, see `Reduction`.
-        total: how many elements there are on that device, for the choice of kernels.
 
     Attributes:
         reference: x_ref, 1-d.
         delta: Δ, 1-d, or ``None``.
-        kernels: the module with the passes for these tensors.
     """
 
-    def __init__(self, slots: list[Slot], share: float, total: int) -> None:
+    def __init__(self, slots: list[Slot]) -> None:
         self._slots = slots
-        self.device: torch.device = local(slots[0].parameter).device
-        self._flat = [slot.x() for slot in slots]  # stays valid while the parameters stay where they are
+        self._flat = [alias(slot.x()) for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
-        self.share = share
         self.reference: Tensor = slots[0].reference
         self.delta = slots[0].delta
         if len(slots) > 1:
@@ -187,25 +189,23 @@ class Bucket:
             for i, slot in enumerate(slots):
                 slot.reference = self.reference.split(self._sizes)[i]
                 slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
-        on_host = self.reference.device != self._flat[0].device
-        self.kernels: ModuleType = plain if on_host else choose(self.reference, total)
 
     def values(self) -> Tensor:
-        """The parameters as one 1-d tensor: the memory of the only one where it has no gaps, else gathered."""
+        """The parameters: the memory of the only one where it has no gaps, else gathered."""
         if len(self._slots) == 1:
             return self._flat[0] if self._is_view[0] else self._slots[0].x()
         parts = zip(self._flat, self._is_view, self._slots, strict=True)
         return torch.cat([part if view else slot.x() for part, view, slot in parts])
 
     def backup(self) -> Tensor:
-        """A copy of the parameters as one 1-d tensor, in the memory where x_ref is."""
+        """A copy of the parameters, in the memory where x_ref is."""
         x = self.values()
         if x is not self._flat[0] and x.device == self.reference.device:
             return x  # gathered, and so a copy already
         return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
 
-    def gradients(self) -> Tensor | None:
-        """Their gradients as one 1-d tensor, zero where there is none; ``None`` if there is none at all."""
+    def gradient(self) -> Tensor | None:
+        """Their gradients, zero where there is none; ``None`` if there is none at all."""
         if len(self._slots) == 1:
             return self._slots[0].gradient()
         gradients = [slot.gradient() for slot in self._slots]
@@ -213,47 +213,6 @@ class Bucket:
             return None
         pairs = zip(gradients, self._flat, strict=True)
         return torch.cat([torch.zeros_like(x) if gradient is None else gradient for gradient, x in pairs])
-
-    def sums(self, *, complete: bool) -> Tensor:
-        """The four sums over them, shape (4,); all but <Δ, g> may be 0 if they need not be complete."""
-        x = self.values() if complete or self.delta is None else None
-        # One product of a tensor in cache is over before a compiled loop has begun.
-        kernels = plain if x is None and self.reference.numel() <= plain.BLOCK else self.kernels
-        return kernels.sums(x, self.gradients(), self.reference, self.delta)
-
-    def forget(self) -> None:
-        """Parameters were changed by others."""
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """x and x_ref, 1-d."""
-        return [(self.values(), self.reference)]
-
-    def recentre(self, when: Tensor | None) -> None:
-        """See `Displacement.recentre`."""
-        x = self.values()
-        if when is None:
-            when = torch.ones((), dtype=torch.bool, device=self.reference.device)
-        else:
-            x = torch.where(when, x, self.reference)
-        self.reference.copy_(x)
-        if self.delta is not None:
-            self.delta.masked_fill_(when, 0)
-
-    def restore(self, before: Tensor | None, scale: Tensor) -> None:
-        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
-        if self.delta is not None:
-            self.put(point(self.reference, self.delta, scale.to(self.reference.device)))
-        elif before is not None:
-            self.put(before)
-
-    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
-        """See `Displacement.move`."""
-        x = self.values()
-        self.kernels.move(x, self.reference, self.delta, before, old, new, eps)
-        if before is not None and finite is not None:
-            for now, then in plain.blocks(x, before):
-                now.copy_(torch.where(finite, now, plain.fetch(then, now)))
-        self.put(x)
 
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
@@ -266,7 +225,74 @@ class Bucket:
                 if not view:
                     slot.write(part)
         for slot in self._slots:
-            slot.stamp()
+            slot.stamp(written=True)
+
+
+class Bucket:
+    """A few parts that the passes treat in one call.
+
+    Args:
+        parts: at most `FEW`, of parameters on one device, of one dtype.
+        device: that of the parameters.
+        share: the weight of this rank's sums over them, see `Reduction`.
+        total: how many elements there are on that device, for the choice of kernels.
+
+    Attributes:
+        kernels: the module with the passes for these tensors.
+    """
+
+    def __init__(self, parts: list[Part], device: torch.device, share: float, total: int) -> None:
+        self._parts = parts
+        self.device: torch.device = device
+        self.share = share
+        self._references = [part.reference for part in parts]
+        self._deltas = [part.delta for part in parts if part.delta is not None] or None
+        on_host = self._references[0].device != device
+        self.kernels: ModuleType = plain if on_host else choose(self._references[0], total)
+
+    def _values(self) -> list[Tensor]:
+        return [part.values() for part in self._parts]
+
+    def sums(self, *, complete: bool) -> Tensor:
+        """The four sums over them, shape (4,); all but <Δ, g> may be 0 if they need not be complete."""
+        x = self._values() if complete or self._deltas is None else None
+        return self.kernels.sums(x, [part.gradient() for part in self._parts], self._references, self._deltas)
+
+    def forget(self) -> None:
+        """Parameters were changed by others."""
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """x and x_ref, 1-d."""
+        return list(zip(self._values(), self._references, strict=True))
+
+    def recentre(self, when: Tensor | None) -> None:
+        """See `Displacement.recentre`."""
+        for x, reference in self.pairs():
+            reference.copy_(x if when is None else torch.where(when, x, reference))
+        for delta in self._deltas or ():
+            delta.zero_() if when is None else delta.masked_fill_(when, 0)
+
+    def backup(self) -> list[Tensor]:
+        """Copies of the parameters."""
+        return [part.backup() for part in self._parts]
+
+    def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
+        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
+        for i, part in enumerate(self._parts):
+            if part.delta is not None:
+                part.put(point(part.reference, part.delta, scale.to(part.reference.device)))
+            elif before is not None:
+                part.put(before[i])
+
+    def move(self, before: list[Tensor] | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+        """See `Displacement.move`."""
+        x = self._values()
+        self.kernels.move(x, self._references, self._deltas, before, old, new, eps)
+        if before is not None and finite is not None:
+            for now, then in plain.blocks(x, before):
+                now.copy_(torch.where(finite, now, plain.fetch(then, now)))
+        for part, moved in zip(self._parts, x, strict=True):
+            part.put(moved)
 
 
 class Batch:
@@ -317,24 +343,25 @@ class Batch:
         """See `Displacement.recentre`."""
         self.table.recentre(self.table.true if when is None else when)
 
-    def backup(self) -> Tensor:
+    def backup(self) -> list[Tensor]:
         """A copy of the parameters."""
-        return self.table.copy()
+        return [self.table.copy()]
 
-    def restore(self, before: Tensor | None, scale: Tensor) -> None:
+    def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
         """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
         self.forget()
-        parts = [None] * len(self._slots) if before is None else self.table.parts(before)
+        parts = [None] * len(self._slots) if before is None else self.table.parts(before[0])
         for slot, part in zip(self._slots, parts, strict=True):
             x = part if slot.delta is None else point(slot.reference, slot.delta, scale)
             if x is not None:
                 slot.write(x)
             slot.stamp()
 
-    def move(self, before: Tensor | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
+    def move(self, before: list[Tensor] | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
         """See `Displacement.move`."""
         finite = self.table.true if finite is None else finite
-        self.table.move(before, old if self.table.stored else old + eps, new, finite)
+        copy = None if before is None else before[0]
+        self.table.move(copy, old if self.table.stored else old + eps, new, finite)
         self._stamp()
 
     def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, float, Tensor], None] | None:
@@ -357,9 +384,8 @@ class Batch:
         return step
 
     def _stamp(self) -> None:
-        for slot in self._slots:  # kernels write unseen by autograd, which would go on with the graph of the old x
-            torch.autograd.graph.increment_version(local(slot.parameter))
-            slot.stamp()
+        for slot in self._slots:
+            slot.stamp(written=True)
 
 
 class Displacement:
@@ -450,11 +476,11 @@ class Displacement:
             delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
         return Sums(delta_grad, delta_param, grad_square, param_square)
 
-    def begin(self) -> list[Tensor] | None:
+    def begin(self) -> list[list[Tensor]] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
         return None if self.store_delta else [bucket.backup() for bucket in self._buckets]
 
-    def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
+    def restore(self, before: list[list[Tensor]] | None, scale: Tensor) -> None:
         """Undo what a base step that failed did to the parameters.
 
         Args:
@@ -464,7 +490,7 @@ class Displacement:
         for i, bucket in enumerate(self._buckets):
             bucket.restore(None if before is None else before[i], scale.to(bucket.device))
 
-    def move(self, before: list[Tensor] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
+    def move(self, before: list[list[Tensor]] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
         """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
 
         Args:
@@ -564,11 +590,12 @@ class Displacement:
 def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
     """Who is treated together.
 
-    In a batch, all of a device, dtype and share; else large parameters alone, and small ones until they are large.
+    In a batch, all of a device, dtype and share; else large parameters are a part each, and small ones share one until
+    it is large, and a bucket has a few of these.
     """
     total: dict[torch.device, int] = {}
-    done: list[tuple[list[Slot], float]] = []
-    growing: dict[Any, list[Slot]] = {}
+    parts: dict[Any, list[list[Slot]]] = {}
+    packs: dict[Any, list[Slot]] = {}
     batches: dict[Any, list[Slot]] = {}
     for slot in active:
         reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
@@ -577,16 +604,20 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
             batches.setdefault(kind, []).append(slot)
             continue
         total[device] = total.get(device, 0) + reference.numel()
+        of_kind = parts.setdefault(kind, [])
         if reference.numel() >= PACK:
-            done.append(([slot], share))
+            of_kind.append([slot])
             continue
-        pack = growing.setdefault(kind, [])
-        pack.append(slot)
-        if sum(slot.reference.numel() for slot in pack) >= 4 * PACK:
-            done.append((growing.pop(kind), share))
-    done += [(pack, share) for (_, _, share), pack in growing.items()]
-    buckets = [Bucket(slots, share, total[local(slots[0].parameter).device]) for slots, share in done]
-    return [*(Batch(slots, share) for (_, _, share), slots in batches.items()), *buckets]
+        if kind not in packs:
+            of_kind.append(packs.setdefault(kind, []))
+        packs[kind].append(slot)
+        if sum(slot.reference.numel() for slot in packs[kind]) >= 4 * PACK:
+            del packs[kind]
+    buckets: list[Bucket | Batch] = [Batch(slots, share) for (_, _, share), slots in batches.items()]
+    for (device, _, share), of_kind in parts.items():
+        made = [Part(slots) for slots in of_kind]
+        buckets += [Bucket(made[i : i + FEW], device, share, total[device]) for i in range(0, len(made), FEW)]
+    return buckets
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

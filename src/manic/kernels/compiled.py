@@ -1,6 +1,7 @@
-"""The two passes as one compiled loop each, where torch can compile: each element is read once per pass.
+"""The two passes as compiled loops, where torch can compile: each element is read once per pass.
 
-One kernel serves all sizes. The compiler keeps products and sums apart, so the bits of x are those of `plain`.
+One kernel serves all sizes, and moves several tensors in a call, which costs as much as moving thousands of elements.
+The compiler keeps products and sums apart, so the bits of x are those of `plain`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,8 @@ from manic.kernels import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
 logger: logging.Logger = logging.getLogger("manic")
+FEW = 8  # parts that are moved in one call
+LEAST = 2  # elements of a part that a compiled loop takes; 0 and 1 would be compiled in
 _works = True
 
 
@@ -28,45 +31,90 @@ def can_take(x: Tensor) -> bool:
     return _works and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_compiler()
 
 
-def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
+def sums(
+    xs: Sequence[Tensor] | None,
+    gs: Sequence[Tensor | None],
+    references: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+) -> Tensor:
     """As `plain.sums`."""
-    return _run(_sums, plain.sums, x, g, reference, delta)
+    if xs is None:
+        return plain.sums(xs, gs, references, deltas)  # one product, for which BLAS is as fast as memory
+    total = torch.zeros(4, dtype=torch.float64)
+    for x, g, *kept in plain.rows(xs, gs, references, deltas):
+        if x.numel() < LEAST or g is None:
+            total += _plain_sums(x, g, *kept)
+        else:
+            total += _run(_sums, _plain_sums, x, alias(g), *kept)
+    return total
 
 
 def move(
-    x: Tensor, reference: Tensor, delta: Tensor | None, before: Tensor | None, old: Tensor, new: Tensor, eps: float
+    xs: Sequence[Tensor],
+    references: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    befores: Sequence[Tensor] | None,
+    old: Tensor,
+    new: Tensor,
+    eps: float,
 ) -> None:
-    """As `plain.move`."""
-    _run(_move, plain.move, x, reference, delta, before, old, new, eps)
+    """As `plain.move`, of up to `FEW` parts."""
+    old = old + eps if deltas is None else old
+    small, large = [], []
+    for row in plain.rows(xs, references, deltas, befores):
+        (small if row[0].numel() < LEAST else large).append(row)
+    _plain_move(small, old, new)
+    if large:
+        spare = _spare(xs[0].dtype, deltas is not None)
+        _run(_move, _plain_move, [*large, *spare[len(large) :]], old, new)
 
 
-def _sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
-    x = None if x is None else x.double()  # the loop waits for memory, so sums in float64 cost nothing
-    if delta is None:
-        assert x is not None
-        delta = x - reference
-    delta = delta.double()
-    g = torch.zeros_like(delta) if g is None else g.double()
-    zero = delta.new_zeros(())
-    others = (zero, zero, zero) if x is None else ((delta * x).sum(), (g * g).sum(), (x * x).sum())
-    return torch.stack([(delta * g).sum(), *others])
+def alias(x: Tensor) -> Tensor:
+    """The same memory, not as a view: compiled code is bound to the shape of what its arguments are views of."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
-def _move(
-    x: Tensor, reference: Tensor, delta: Tensor | None, before: Tensor | None, old: Tensor, new: Tensor, eps: float
-) -> None:
-    old, new = old.to(x.dtype), new.to(x.dtype)
-    if delta is None:
-        assert before is not None
-        delta = (before - reference) / (old + eps) + (x - before)
-    else:
-        delta.add_(x - (delta * old + reference))
-    x.copy_(delta * new + reference)
+def _sums(x: Tensor, g: Tensor, reference: Tensor, delta: Tensor | None) -> Tensor:
+    delta = (x - reference if delta is None else delta).double()  # the loop waits for memory, so float64 costs nothing
+    x, g = x.double(), g.double()
+    return torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
+
+
+def _plain_sums(*row: Any) -> Tensor:
+    return plain.sums(*([tensor] for tensor in row))
+
+
+def _move(rows: Any, old: Tensor, new: Tensor) -> None:
+    old, new = old.to(rows[0][0].dtype), new.to(rows[0][0].dtype)
+    for x, reference, delta, before in rows:
+        if delta is None:
+            moved = (before - reference) / old + (x - before)
+        else:
+            moved = delta.add_(x - (delta * old + reference))
+        x.copy_(moved * new + reference)
+
+
+def _plain_move(rows: Any, old: Tensor, new: Tensor) -> None:
+    for x, reference, delta, before in rows:
+        plain.move([x], [reference], delta if delta is None else [delta], [before], old, new, 0.0)
 
 
 @functools.cache
 def _has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+@functools.cache
+def _spare(dtype: torch.dtype, stored: bool) -> list[Any]:
+    """Parts that fill up a call of `_move`, once that is compiled for large parts of any sizes."""
+
+    def rows(sizes: Iterable[int]) -> list[Any]:
+        made = [[torch.zeros(size, dtype=dtype) for _ in range(3)] for size in sizes]
+        return [(x, reference, other, None) if stored else (x, reference, None, other) for x, reference, other in made]
+
+    old, new = torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    _run(_move, _plain_move, rows(range(1 << 16, (1 << 16) + FEW)), old, new)  # equal sizes would be compiled in
+    return rows([LEAST] * FEW)
 
 
 @functools.cache

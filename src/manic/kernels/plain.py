@@ -1,12 +1,15 @@
 """The two passes in eager torch, block by block, so that a block stays in cache while it is worked on.
 
+Tensors are 1-d, and come in lists with one entry for each part of the model.
+
 The point x_ref + scale · Δ is a rounded product and a rounded sum, never a fused multiply-add. Every form then gives
 the same bits on every device, and parameters can be recomputed instead of kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,24 +20,29 @@ LAUNCH = 1 << 26  # elsewhere, where a launch costs more than a cache miss
 TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long beside the start of a copy
 
 
-def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | None) -> Tensor:
+def sums(
+    xs: Sequence[Tensor] | None,
+    gs: Sequence[Tensor | None],
+    references: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+) -> Tensor:
     """<Δ, g>, <Δ, x>, <g, g> and <x, x>, in float64 (float32 where the device has no more).
 
     Args:
-        x: parameters, 1-d; ``None`` if Δ is given and only <Δ, g> is needed: the others are then 0.
-        g: their gradient, or ``None`` for zero.
-        reference: x_ref; it and Δ may be in host memory.
-        delta: Δ, at least float32; ``None`` stands for x - x_ref.
+        xs: parameters; ``None`` if Δ is given and only <Δ, g> is needed: the others are then 0.
+        gs: their gradients, with ``None`` for zero.
+        references: x_ref; it and Δ may be in host memory.
+        deltas: Δ, at least float32; ``None`` stands for x - x_ref.
 
     Returns:
         The four sums, shape (4,).
     """
-    here = next(tensor for tensor in (x, g, reference) if tensor is not None)
-    wide = torch.promote_types(reference.dtype, torch.float32)
+    here = next((tensor for tensor in (*(xs or ()), *gs) if tensor is not None), references[0])
+    wide = torch.promote_types(references[0].dtype, torch.float32)
     zero = torch.zeros((), dtype=wide, device=here.device)
-    parts = []
-    complete = x is not None
-    for x, g, reference, delta in blocks(x, g, reference, delta):
+    products: list[Tensor] = []
+    complete = xs is not None
+    for x, g, reference, delta in blocks(xs, gs, references, deltas):
         x = None if x is None else x.to(wide)
         if delta is None:
             assert x is not None
@@ -42,35 +50,40 @@ def sums(x: Tensor | None, g: Tensor | None, reference: Tensor, delta: Tensor | 
         else:
             delta = fetch(delta, here)
         g = None if g is None else g.to(wide)
-        parts += [
-            zero if a is None or b is None else torch.dot(a, b)
-            for a, b in ((delta, g), (delta, x), (g if complete else None, g), (x, x))
-        ]
+        pairs = ((delta, g), (delta, x), (g, g), (x, x)) if complete else ((delta, g),)
+        products += [zero if a is None or b is None else torch.dot(a, b) for a, b in pairs]
     total = torch.float32 if here.device.type == "mps" else torch.float64
-    return torch.stack(parts).view(-1, 4).sum(0, dtype=total)
+    summed = torch.stack(products).view(-1, 4 if complete else 1).sum(0, dtype=total)
+    return summed if complete else torch.nn.functional.pad(summed, (0, 3))
 
 
 def move(
-    x: Tensor, reference: Tensor, delta: Tensor | None, before: Tensor | None, old: Tensor, new: Tensor, eps: float
+    xs: Sequence[Tensor],
+    references: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    befores: Sequence[Tensor] | None,
+    old: Tensor,
+    new: Tensor,
+    eps: float,
 ) -> None:
     """Δ ← Δ + u, x ← x_ref + new · Δ, where u is what a base step did to x; in place.
 
     Args:
-        x: parameters after the base step, 1-d.
-        reference: x_ref; it, Δ and ``before`` may be in host memory.
-        delta: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``before`` is given.
-        before: x before the step, from which Δ = (x - x_ref)/(old + eps) is recomputed.
+        xs: parameters after the base step.
+        references: x_ref; it, Δ and ``befores`` may be in host memory.
+        deltas: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``befores`` is given.
+        befores: x before the step, from which Δ = (x - x_ref)/(old + eps) is recomputed.
         old: the scale before, 0-d.
         new: the scale from now on, 0-d.
         eps: ε.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scratch: Tensor | None = None
-    for x, reference, kept, before in blocks(x, reference, delta, before):
-        scratch = torch.empty_like(x, dtype=wide) if scratch is None else scratch
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    scratch = torch.empty(0, dtype=wide, device=xs[0].device)
+    for x, reference, kept, before in blocks(xs, references, deltas, befores):
+        if scratch.numel() < x.numel():
+            scratch = torch.empty_like(x, dtype=wide)
         work, reference = scratch[: x.numel()], fetch(reference, x)
         if kept is None:
-            assert before is not None
             before = fetch(before, x)
             delta = (before.to(wide) - reference).div_(old + eps)
             work.copy_(before)
@@ -98,15 +111,21 @@ def fetch(kept: Tensor, x: Tensor) -> Tensor:
     return kept.to(x.device, non_blocking=True)
 
 
-def blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same stretch of each 1-d tensor at a time; ``None`` stays ``None``."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    if first.device.type == "cpu":
-        block = BLOCK
-    else:
-        block = TRANSFER if any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors) else LAUNCH
-    if first.numel() <= block:
-        yield tensors
-        return
-    for start in range(0, first.numel(), block):
-        yield tuple(None if tensor is None else tensor[start : start + block] for tensor in tensors)
+def rows(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Any, ...]]:
+    """What the lists have of each part; ``None`` where there is no list."""
+    return zip(*(itertools.repeat(None) if column is None else column for column in columns), strict=False)
+
+
+def blocks(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Any, ...]]:
+    """The same stretch of a part's tensor in each list at a time, part after part; ``None`` stays ``None``."""
+    for row in rows(*columns):
+        given = [tensor for tensor in row if tensor is not None]
+        if given[0].device.type == "cpu":
+            block = BLOCK
+        else:
+            block = TRANSFER if any(tensor.device.type == "cpu" for tensor in given) else LAUNCH
+        if given[0].numel() <= block:
+            yield row
+            continue
+        for start in range(0, given[0].numel(), block):
+            yield tuple(None if tensor is None else tensor[start : start + block] for tensor in row)

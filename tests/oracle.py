@@ -32,11 +32,12 @@ class Oracle:
     def step(self, x: list[float], g: list[float], u: list[float], factor: float = 1.0) -> list[float]:
         scale = sum(self.s)
         norm_g, norm_x = math.sqrt(dot(g, g)), math.sqrt(dot(x, x))
-        if self.rule == "paper":
+        if self.rule in ("paper", "manic"):
             direction = [xi / norm_x for xi in x] if norm_x > 0 else x
         else:
             direction = [xi / (norm_x + self.eps) for xi in x]
-        h = dot(self.delta, [gi + self.lam * scale * norm_g * di for gi, di in zip(g, direction, strict=True)])
+        weight = self.lam * norm_g * (1 if self.rule == "manic" else scale)
+        h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

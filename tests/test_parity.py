@@ -71,6 +71,7 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]]) -> t
     [
         *((rule, 1e-2, S_INIT) for rule in ("paper", "mechanic_pytorch", "optax", "manic")),
         ("manic", 0.0, None),
+        ("manic", 1e-2, None),
     ],
 )
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])

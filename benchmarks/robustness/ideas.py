@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +48,9 @@ class Idea:
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
+        published_decay: the λ term has the scale in it.
+        delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
+        reward_decay: r decays by β to this power.
         betas: β.
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
             the rest (``"head"``), or each ``"tensor"``.
@@ -67,26 +70,38 @@ class Idea:
     settle: float = 0.0
     forget: float | None = None
     s_decay: float = 0.0
+    published_decay: bool = False
+    delay: float = 0.0
+    reward_decay: float = 1.0
     betas: tuple[float, ...] = BETAS
     per: str = "model"
 
 
+FIXED = Idea(recentre="never", clip=False)
+PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
 IDEAS = {
-    "published": Idea(s_init=1e-8, stake=100, recentre="never", clip=False, s_decay=1e-2),
-    "published, s_init 1e-4": Idea(s_init=1e-4, stake=100, recentre="never", clip=False, s_decay=1e-2),
-    "s_init from the data": Idea(recentre="never", clip=False),
-    "…, and settled while the schedule decays": Idea(recentre="never", clip=False, settle=1.0),
-    "…, settled below 0.7 of its peak": Idea(recentre="never", clip=False, settle=0.7),
-    "x + s u, Δ decays by 0.99": Idea(forget=0.99, clip=False),
-    "x + s u, Δ decays by 0.999": Idea(forget=0.999, clip=False),
+    "published": replace(PUBLISHED, s_init=1e-8),
+    "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
+    "s_init from the data": FIXED,
+    "…, and settled while the schedule decays": replace(FIXED, settle=1.0),
+    "…, settled below 0.7 of its peak": replace(FIXED, settle=0.7),
+    "x + s u, Δ decays by 0.99": replace(FIXED, forget=0.99),
+    "x + s u, Δ decays by 0.999": replace(FIXED, forget=0.999),
     "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100),
     "doubling": Idea(clip=False),
     "**doubling, clipped: the default**": Idea(),
+    "…, λ = 0.01, times the scale": Idea(s_decay=1e-2, published_decay=True),
+    "…, λ = 0.01": Idea(s_decay=1e-2),
+    "…, λ = 0.02": Idea(s_decay=2e-2),
+    "…, λ = 0.1": Idea(s_decay=1e-1),
+    "…, h of an older Δ": Idea(delay=1 / 8),
+    "…, h of an older Δ, λ = 0.02": Idea(delay=1 / 8, s_decay=2e-2),
+    "…, r does not decay": Idea(reward_decay=0.0),
     "…, forgetting half each time": Idea(kept=0.5),
     "…, forgetting half each time, ρ = 1.5e-3": Idea(kept=0.5, share=1.5e-3),
     "…, forgetting 9/10 each time": Idea(kept=0.1),
     "…, losses count half": Idea(losses=0.5),
-    "…, with λ = 0.01": Idea(s_decay=1e-2),
+    "…, losses count half, λ = 0.04": Idea(losses=0.5, s_decay=4e-2),
     "…, settled below 0.5": Idea(settle=0.5),
     "…, not divided by the factor": Idea(by_factor=False),
     "…, first scale = s_init": Idea(stake=1),
@@ -143,7 +158,8 @@ class Tuner:
         idea = self.idea
         h = self.product(delta, g)
         if idea.s_decay:
-            h += idea.s_decay * self.scale * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
+            weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
+            h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:
                 ones = torch.ones_like(x)
@@ -161,7 +177,7 @@ class Tuner:
         bet = torch.where(bet > 0, idea.losses * bet, bet)
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
-        self.r = (self.betas * self.r - self.s * bet).clamp(min=0)
+        self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
         scale = self.s.sum(-1)
         self.highest = max(self.highest, part)
@@ -192,6 +208,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
     reference, delta = x.clone(), torch.zeros_like(x)
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
+    recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
     streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
     for step, rows in enumerate(zip(*streams, strict=True)):
         inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
@@ -200,14 +217,17 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
         u = after - x
         for i, one in enumerate(tuners):
-            scale = one.step(delta[:, i], g[:, i], x[:, i], u[:, i], part).to(x.dtype)
+            late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
+            scale = one.step(delta[:, i] - sum(late), g[:, i], x[:, i], u[:, i], part).to(x.dtype)
+            if one.idea.delay:
+                recent[i].append(u[:, i].clone())
             delta[:, i] = (one.idea.forget or 1.0) * delta[:, i] + u[:, i]
             if one.idea.forget is not None:
                 x[:, i] += scale * u[:, i]
                 continue
             x[:, i] = reference[:, i] + scale * delta[:, i]
             if one.recentres(step + 1):
-                reference[:, i], delta[:, i] = x[:, i], 0
+                reference[:, i], delta[:, i], recent[i] = x[:, i], 0, []
     return x
 
 

@@ -28,8 +28,8 @@ class Mechanic:
         updater: owns the optimizer and the schedule. One Mechanic per Updater.
         rule: ``"manic"``, or one of the published forms, ``"paper"``, ``"mechanic_pytorch"``, ``"optax"``.
         betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
-        s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0. ``None`` takes the rule's own, 0 for
-            ``"manic"`` and 1e-2 for the published ones.
+        s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0: what a displacement is charged for making
+            the parameters longer. ``None`` takes the rule's own, 0 for ``"manic"`` and 1e-2 for the published ones.
         s_init: start of the tuner's wealth, an underestimate of the effective learning rate (with ``internal_lr=None``,
             of that divided by lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which moves
             the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.

@@ -12,6 +12,7 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
 
 and, under the rule ``manic`` only::
 
+    h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_ref ← x_{t+1},  Δ_{t+1} ← 0   if t = 1, 2, 4, 8, …    (9)  in `recentres`
 
@@ -43,9 +44,9 @@ What each rule does that the paper as printed does not:
   agree exactly at λ = 0 only.
 - ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
-- ``manic``, the default: m takes abs h and starts at 0, λ is 0, there is no ε, and s stays as it is until the first h
-  that is not 0. A run is then the same whatever unit the learning rate or the loss is in. Three more changes are each
-  for a measured fault of the published rule (``docs/quality.md``):
+- ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
+  there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
+  rate or the loss is in. Three more changes are each for a measured fault of the published rule (``docs/quality.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
@@ -195,7 +196,7 @@ def recentres(step: Any, config: TunerConfig) -> Any:
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
-    """h_t, equation (1).
+    """h_t, equation (1), or (1').
 
     Args:
         sums: the four sums at x_t, each of shape (...).
@@ -205,6 +206,7 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     Returns:
         h_t, of shape (...).
     """
+    assert config.s_decay is not None
     if config.s_decay == 0:
         return sums.delta_grad
     norm_x = sums.param_square.sqrt()
@@ -212,9 +214,8 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
         norm_x = torch.where(norm_x > 0, norm_x, torch.inf)
     else:
         norm_x = norm_x + config.eps
-    assert config.s_decay is not None
-    decay = config.s_decay * scale * sums.grad_square.sqrt() * sums.delta_param / norm_x
-    return sums.delta_grad + decay
+    weight = config.s_decay if config.rule == "manic" else config.s_decay * scale
+    return sums.delta_grad + weight * sums.grad_square.sqrt() * sums.delta_param / norm_x
 
 
 def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:

@@ -3,7 +3,7 @@
 Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lion, each with three schedules; the table
 says how far the final validation loss is above that of the best rate of the grid. See docs/quality.md.
 
-    python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--out FOLDER]
+    python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--smaller N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -231,10 +231,11 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
     return x
 
 
-def pair(task: str, base: str, schedule: str, names: list[str]) -> dict[str, list[float]]:
+def pair(task: str, base: str, schedule: str, names: list[str], smaller: int) -> dict[str, list[float]]:
     """Of every idea: gap and regret of the validation loss."""
     torch.set_num_threads(1)
-    stack = Stack(TASKS[task](), SEEDS)
+    made = TASKS[task]()
+    stack = Stack(replace(made, batch=made.batch // smaller), SEEDS)
     tuned = stack.losses(stack.train(base, schedule, grid(base), STEPS))
     best = min(mean(row[i].valid for row in tuned) for i in range(len(grid(base))))
     start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
@@ -251,11 +252,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
+    parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(pair, *place, options.ideas): place for place in product(options.tasks, BASES, SCHEDULES)}
+        places = product(options.tasks, BASES, SCHEDULES)
+        jobs = {pool.submit(pair, *place, options.ideas, options.smaller): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
             found[" | ".join(jobs[job])] = job.result()
     options.out.mkdir(parents=True, exist_ok=True)

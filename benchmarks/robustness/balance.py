@@ -1,0 +1,75 @@
+"""At which learning rate does h balance, and would it with an older displacement?
+
+Trains each task at fixed multiples of its tuned rate, with x_ref moving as in the default rule, and prints the mean of
+h over its standard deviation within stretches of the run: below 0 the tuner would raise the scale, above 0 lower it. A
+second and third line leave the last 4 and 16 updates out of Δ. See docs/quality.md.
+
+    python benchmarks/robustness/balance.py [--tasks NAME ...] [--bases NAME ...] [--schedules NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from ideas import SEEDS, STEPS
+from tasks import TASKS
+from torch import Tensor
+from train import SCHEDULES, Stack, base_step, batches, factor, grid, mean
+
+from manic.tuner import TunerConfig, recentres
+
+MULTIPLES = (0.25, 0.5, 1.0, 2.0)
+DELAYS = (0, 4, 16)
+STRETCHES = ((64, 128), (128, 256), (256, 384), (384, 500))
+
+
+def products(stack: Stack, base: str, schedule: str, lr: float) -> Tensor:
+    """<Δ, g> at every step, (steps, delays, seeds, multiples)."""
+    x = stack.start[:, None].repeat(1, len(MULTIPLES), 1)
+    lrs = lr * torch.tensor(MULTIPLES, dtype=x.dtype)[:, None]
+    state = torch.zeros_like(x), torch.zeros_like(x)
+    delta, recent = torch.zeros_like(x), list[Tensor]()
+    found = []
+    streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
+    for step, rows in enumerate(zip(*streams, strict=True)):
+        inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        g, _ = stack.gradient(x, inputs, targets)
+        older = [delta - sum(recent[max(0, len(recent) - delay) :]) for delay in DELAYS]
+        found.append(torch.stack([torch.linalg.vecdot(part, g) for part in older]))
+        before = x.clone()
+        base_step(base, x, g, *state, lrs * factor(schedule, step, STEPS), step + 1)
+        u = (x - before) / lrs
+        delta, recent = delta + u, [*recent, u][-max(DELAYS) :]
+        if recentres(step + 1, TunerConfig()):
+            delta, recent = torch.zeros_like(x), []
+    return torch.stack(found)
+
+
+def main() -> None:
+    """Print a block for each pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=("autoencoder", "lines", "new_digits", "diabetes"))
+    parser.add_argument("--bases", nargs="+", default=("adamw", "sgd"))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=("cosine",))
+    options = parser.parse_args()
+    for task in options.tasks:
+        stack = Stack(TASKS[task](), SEEDS)
+        for base in options.bases:
+            for schedule in options.schedules:
+                tuned = stack.losses(stack.train(base, schedule, grid(base), STEPS))
+                losses = [mean(row[i].valid for row in tuned) for i in range(len(grid(base)))]
+                lr = grid(base)[losses.index(min(losses))]
+                found = products(stack, base, schedule, lr)
+                print(f"\n{task}, {base}, {schedule}: tuned rate {lr:.3g}; columns: {MULTIPLES} times that")
+                for start, end in STRETCHES:
+                    for i, delay in enumerate(DELAYS):
+                        h = found[start:end, i]
+                        ratios = (h.mean(0) / h.std(0)).mean(0)
+                        print(
+                            f"  steps {start}-{end}, Δ {delay:2} old: " + " ".join(f"{r:+.2f}" for r in ratios.tolist())
+                        )
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import torch
 from ideas import SEEDS, STEPS
 from tasks import TASKS
 from torch import Tensor
-from train import SCHEDULES, Stack, base_step, batches, factor, grid, mean
+from train import GRIDS, SCHEDULES, Stack, base_step, factor
 
 from manic.tuner import TunerConfig, recentres
 
@@ -31,9 +31,7 @@ def products(stack: Stack, base: str, schedule: str, lr: float) -> Tensor:
     state = torch.zeros_like(x), torch.zeros_like(x)
     delta, recent = torch.zeros_like(x), list[Tensor]()
     found = []
-    streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
-    for step, rows in enumerate(zip(*streams, strict=True)):
-        inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    for step, (inputs, targets) in enumerate(stack.batches(STEPS)):
         g, _ = stack.gradient(x, inputs, targets)
         older = [delta - sum(recent[max(0, len(recent) - delay) :]) for delay in DELAYS]
         found.append(torch.stack([torch.linalg.vecdot(part, g) for part in older]))
@@ -50,16 +48,14 @@ def main() -> None:
     """Print a block for each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=("autoencoder", "lines", "new_digits", "diabetes"))
-    parser.add_argument("--bases", nargs="+", default=("adamw", "sgd"))
+    parser.add_argument("--bases", nargs="+", choices=GRIDS, default=("adamw", "sgd"))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=("cosine",))
     options = parser.parse_args()
     for task in options.tasks:
         stack = Stack(TASKS[task](), SEEDS)
         for base in options.bases:
             for schedule in options.schedules:
-                tuned = stack.losses(stack.train(base, schedule, grid(base), STEPS))
-                losses = [mean(row[i].valid for row in tuned) for i in range(len(grid(base)))]
-                lr = grid(base)[losses.index(min(losses))]
+                lr, _ = stack.tuned(base, schedule, STEPS)
                 found = products(stack, base, schedule, lr)
                 print(f"\n{task}, {base}, {schedule}: tuned rate {lr:.3g}; columns: {MULTIPLES} times that")
                 for start, end in STRETCHES:

@@ -21,7 +21,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import SCHEDULES, Stack, base_step, batches, factor, grid, mean
+from train import SCHEDULES, Stack, base_step, factor, mean
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -209,9 +209,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
-    streams = [batches(stack.task, seed, STEPS) for seed in SEEDS]
-    for step, rows in enumerate(zip(*streams, strict=True)):
-        inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    for step, (inputs, targets) in enumerate(stack.batches(STEPS)):
         g, _ = stack.gradient(x, inputs, targets)
         part, after = factor(schedule, step, STEPS), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
@@ -236,8 +234,7 @@ def pair(task: str, base: str, schedule: str, names: list[str], smaller: int) ->
     torch.set_num_threads(1)
     made = TASKS[task]()
     stack = Stack(replace(made, batch=made.batch // smaller), SEEDS)
-    tuned = stack.losses(stack.train(base, schedule, grid(base), STEPS))
-    best = min(mean(row[i].valid for row in tuned) for i in range(len(grid(base))))
+    _, best = stack.tuned(base, schedule, STEPS)
     start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
     tried = stack.losses(train(stack, base, schedule, [IDEAS[name] for name in names]))
     result = {}

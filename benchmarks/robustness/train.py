@@ -247,17 +247,30 @@ class Stack:
         self.gradient = vmap(vmap(grad_and_value(loss), in_dims=same_batch))
         self._loss = vmap(vmap(loss, in_dims=same_batch), in_dims=same_batch)
 
+    def batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of every step, those of the seeds stacked."""
+        streams = [batches(self.task, seed, steps) for seed in self.seeds]
+        for rows in zip(*streams, strict=True):
+            inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+            yield inputs, targets
+
     def train(self, base: str, schedule: str, lrs: list[float], steps: int) -> Tensor:
         """The parameters at the end."""
         x = self.start[:, None].repeat(1, len(lrs), 1)
         lr = torch.tensor(lrs, dtype=x.dtype)[:, None]
         state = torch.zeros_like(x), torch.zeros_like(x)
-        streams = [batches(self.task, seed, steps) for seed in self.seeds]
-        for step, rows in enumerate(zip(*streams, strict=True)):
-            inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        for step, (inputs, targets) in enumerate(self.batches(steps)):
             gradient, _ = self.gradient(x, inputs, targets)
             base_step(base, x, gradient, *state, lr * factor(schedule, step, steps), step + 1)
         return x
+
+    def tuned(self, base: str, schedule: str, steps: int) -> tuple[float, float]:
+        """The rate of the grid with the lowest validation loss at the end, the mean over seeds, and that loss."""
+        lrs = grid(base)
+        found = self.losses(self.train(base, schedule, lrs, steps))
+        losses = [mean(row[i].valid for row in found) for i in range(len(lrs))]
+        best = min(losses)
+        return lrs[losses.index(best)], best
 
     @torch.no_grad()
     def losses(self, x: Tensor) -> list[list[Losses]]:

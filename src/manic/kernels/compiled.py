@@ -96,7 +96,7 @@ def _move(rows: Any, old: Tensor, new: Tensor) -> None:
 
 def _plain_move(rows: Any, old: Tensor, new: Tensor) -> None:
     for x, reference, delta, before in rows:
-        plain.move([x], [reference], delta if delta is None else [delta], [before], old, new, 0.0)
+        plain.move([x], [reference], [delta], [before], old, new, 0.0)
 
 
 @functools.cache

@@ -43,7 +43,11 @@ def torchrun(
         meanwhile: called again and again until the run has ended.
     """
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the example
+    environment = {
+        **os.environ,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see the example
+        "PYTHONFAULTHANDLER": "1",
+    }
     deadline = time.monotonic() + 300
     with log.open("w") as out:
         process = subprocess.Popen(

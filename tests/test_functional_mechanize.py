@@ -148,7 +148,7 @@ def test_an_ensemble_equals_separate_runs():
         start = one
         for t in range(30):
             one, one_state = train(one, one_state, lrs[i], t, weight_decay=decays[i], noise=noise[i, t])
-        assert distance(one, start) > 0.05
+        assert distance(one, start) > 0.02
         assert float(one_state.scale) > 0
         assert float(one_state.base.step) == (29 if i == 2 else 30)
         assert distance(tree_map(lambda leaf, i=i: leaf[i], params), one) <= 1e-12
@@ -236,8 +236,8 @@ def test_bfloat16_parameters_train_with_a_float32_displacement():
     for _ in range(200):
         params, state = step(params, torch.func.grad(loss)(params), state, config)
     assert loss(params) < 0.3 * before
-    assert {leaf.dtype for leaf in tree_leaves((params, state.reference))} == {torch.bfloat16}
-    assert {leaf.dtype for leaf in tree_leaves(state.delta)} == {torch.float32}
+    assert {leaf.dtype for leaf in tree_leaves(params)} == {torch.bfloat16}
+    assert {leaf.dtype for leaf in tree_leaves((state.reference, state.delta))} == {torch.float32}
     assert state.scale.dtype == torch.float64
 
 

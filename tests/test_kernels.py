@@ -16,6 +16,7 @@ from manic.mechanic import _tune
 from manic.tuner import Sums, TunerConfig, init, update
 
 SIZES = [1, 2, 17, 1000, (1 << 18) - 1, 1 << 18, (1 << 18) + 5]
+WEIGHTS = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
 needs_compiler = pytest.mark.skipif(not compiled.can_take(torch.zeros(2)), reason="no compiler")
 
 
@@ -30,7 +31,7 @@ def tensors(numel: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tens
     """x, g, x_ref and Δ with x = x_ref + 0.1 Δ as the passes leave it."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
-    reference = torch.randn(numel, generator=generator, dtype=wide).to(dtype)
+    reference = torch.randn(numel, generator=generator, dtype=wide)
     delta = torch.randn(numel, generator=generator, dtype=wide)
     g = torch.randn(numel, generator=generator, dtype=wide).to(dtype)
     x = plain.point(reference, delta, torch.tensor(0.1, dtype=torch.float64)).to(dtype)
@@ -73,38 +74,40 @@ def test_sums(form: Any, numel: int, dtype: torch.dtype, tolerance: float) -> No
     assert others == [0, 0, 0]
 
 
+@pytest.mark.parametrize("restart", [False, True, torch.tensor(False), torch.tensor(True)], ids=str)
+@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_move(numel: int, dtype: torch.dtype) -> None:
-    """Δ grows by what was done to x since the recomputed point, and x is the rounded product plus the reference."""
+def test_move(numel: int, dtype: torch.dtype, stored: bool, restart: bool | Tensor) -> None:
+    """Δ and x_ref grow by what was done to x since the recomputed point, and x is a rounded product and a rounded sum."""
     x, g, reference, delta = tensors(numel, dtype)
-    old, new = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    old, new, final = WEIGHTS.unbind()
     after, before = x + g, x.clone()
     u = after.to(delta.dtype) - before.to(delta.dtype)
-    expected = delta + u
+    start = reference + u * final
+    grown = (delta if stored else (before - reference) / old) + u
+    end = grown * new + start
+    assert not torch.equal(end.to(dtype), before)
     moved = after.clone()
-    move(plain, moved, reference, delta, None, old, new, 1e-8)
-    assert torch.equal(delta, expected)
-    assert torch.equal(moved, (expected * new + reference).to(dtype))
-    recomputed = after.clone()
-    move(plain, recomputed, reference, None, before, old, new, 1e-8)
-    wide = (before.to(delta.dtype) - reference) / (old + 1e-8) + u
-    assert torch.equal(recomputed, (wide * new + reference).to(dtype))
+    move(plain, moved, reference, delta if stored else None, None if stored else before, WEIGHTS, restart)
+    assert torch.equal(moved, end.to(dtype))
+    assert torch.equal(reference, end if restart else start)
+    assert not stored or torch.equal(delta, torch.zeros_like(delta) if restart else grown)
 
 
 @needs_compiler
 @pytest.mark.parametrize("sizes", [[1], [2], SIZES, [1000] * 8, [1 << 18, 17, 1 << 18]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_compiled_move_has_the_same_bits(sizes: list[int], dtype: torch.dtype, stored: bool) -> None:
-    old, new = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+@pytest.mark.parametrize("restart", [True, False])
+def test_the_compiled_move_has_the_same_bits(sizes: list[int], dtype: torch.dtype, stored: bool, restart: bool) -> None:
     results = []
     for form in (plain, compiled):
         x, g, reference, delta = map(list, zip(*(tensors(size, dtype) for size in sizes), strict=True))
         moved = [a + b for a, b in zip(x, g, strict=True)]
         assert not any(torch.equal(a, b) for a, b in zip(moved, x, strict=True))
-        form.move(moved, reference, delta if stored else None, None if stored else x, old, new, 1e-8)
-        results.append(moved + delta)
+        form.move(moved, reference, delta if stored else None, None if stored else x, WEIGHTS, restart)
+        results.append(moved + reference + delta)
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 

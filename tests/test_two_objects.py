@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from manic import Mechanic, Updater
+from manic.tuner import RESCALED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -181,7 +182,7 @@ def test_parameters_join_freeze_and_return(store_delta: bool) -> None:
     late = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     updater.base_optimizer.add_param_group({"params": [late]})
     for step in range(101, 200):
-        model.zero_grad()
+        updater.zero_grad()
         x, y = batch(step)
         (model(x) + late - y - 3).square().mean().backward()
         mechanic.step()
@@ -485,7 +486,7 @@ def test_max_scale_is_in_units_of_the_lr_given() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, device: str) -> None:
-    """Half-precision parameters train; their Δ and the tuner's numbers are float32 or wider."""
+    """Half-precision parameters train; their x_ref and Δ and the tuner's numbers are float32 or wider."""
     model = make_net(dtype=dtype).to(device)
     before = evaluate(model.cpu(), dtype)
     model.to(device)
@@ -499,9 +500,8 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
         mechanic.step()
         updater.step()
     slot = updater.displacement.slots[model.gain]
-    assert slot.reference.dtype == dtype
     assert slot.delta is not None
-    assert slot.delta.dtype == torch.promote_types(dtype, torch.float32)
+    assert slot.reference.dtype == slot.delta.dtype == torch.promote_types(dtype, torch.float32)
     assert updater.scale.dtype == torch.float64
     assert updater.scale.device.type == device
     assert evaluate(model.cpu(), dtype) < 0.8 * before
@@ -589,7 +589,7 @@ def test_parameters_without_gradients_still_move_with_the_scale() -> None:
     slot = updater.displacement.slots[model.gain]
     assert float(updater.scale) != before
     assert slot.delta is not None
-    assert torch.equal(model.gain.detach().reshape(1), slot.reference + slot.delta * updater.scale)
+    assert torch.equal(model.gain.detach().reshape(1), slot.reference + slot.delta * (RESCALED * updater.scale))
     assert not torch.equal(model.gain.detach(), gain)
 
 

@@ -1,6 +1,6 @@
 """At which learning rate does h balance, and would it with an older displacement?
 
-Trains each task at fixed multiples of its tuned rate, with x_ref moving as in the default rule, and prints the mean of
+Trains each task at fixed multiples of its tuned rate, with Δ restarting as in the default rule, and prints the mean of
 h over its standard deviation within stretches of the run: below 0 the tuner would raise the scale, above 0 lower it. A
 second and third line leave the last 4 and 16 updates out of Δ. See docs/quality.md.
 
@@ -17,7 +17,7 @@ from tasks import TASKS
 from torch import Tensor
 from train import GRIDS, SCHEDULES, Stack, base_step, factor
 
-from manic.tuner import TunerConfig, recentres
+from manic.tuner import TunerConfig, restarts
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 DELAYS = (0, 4, 16)
@@ -39,7 +39,7 @@ def products(stack: Stack, base: str, schedule: str, lr: float) -> Tensor:
         base_step(base, x, g, *state, lrs * factor(schedule, step, STEPS), step + 1)
         u = (x - before) / lrs
         delta, recent = delta + u, [*recent, u][-max(DELAYS) :]
-        if recentres(step + 1, TunerConfig()):
+        if restarts(step + 1, TunerConfig()):
             delta, recent = torch.zeros_like(x), []
     return torch.stack(found)
 

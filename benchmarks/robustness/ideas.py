@@ -39,8 +39,8 @@ class Idea:
         s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
         stake: the first scale, in s_init; the published rule has about 100.
         by_factor: divide the first update by the schedule's factor.
-        recentre: when x_ref moves: ``"never"``, ``"doubling"`` from step `first` on, or ``"every"`` `first` steps.
-        growth: of the distance between two such steps, if it is doubling.
+        recentre: when x_ref moves: ``"never"``, ``"growing"`` from step `first` on, or ``"every"`` `first` steps.
+        growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
@@ -50,6 +50,8 @@ class Idea:
         s_decay: λ.
         published_decay: the λ term has the scale in it.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
+        retroactive: α, how much of a change of the scale moves x along Δ.
+        fade: instead of moving x_ref at certain steps, Δ is multiplied by t/(t + fade) in step t, and x_ref moves along.
         reward_decay: r decays by β to this power.
         betas: β.
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
@@ -60,9 +62,9 @@ class Idea:
     share: float = tuner.SHARE
     stake: float = tuner.FIRST_STAKE
     by_factor: bool = True
-    recentre: str = "doubling"
+    recentre: str = "growing"
     first: int = 1
-    growth: float = 2.0
+    growth: float = 3.0
     kept: float = 1.0
     restart: bool = False
     clip: bool = True
@@ -72,13 +74,18 @@ class Idea:
     s_decay: float = 0.0
     published_decay: bool = False
     delay: float = 0.0
+    retroactive: float = tuner.RESCALED
+    fade: float = 0.0
     reward_decay: float = 1.0
     betas: tuple[float, ...] = BETAS
     per: str = "model"
 
 
-FIXED = Idea(recentre="never", clip=False)
+DOUBLING = Idea(growth=2.0, retroactive=1.0)
+FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
+HALF = replace(DOUBLING, retroactive=0.5)
+FADING = Idea(recentre="never", fade=3.0)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -87,39 +94,56 @@ IDEAS = {
     "…, settled below 0.7 of its peak": replace(FIXED, settle=0.7),
     "x + s u, Δ decays by 0.99": replace(FIXED, forget=0.99),
     "x + s u, Δ decays by 0.999": replace(FIXED, forget=0.999),
-    "doubling, s_init 1e-8": Idea(s_init=1e-8, stake=100),
-    "doubling": Idea(clip=False),
-    "**doubling, clipped: the default**": Idea(),
-    "…, λ = 0.01, times the scale": Idea(s_decay=1e-2, published_decay=True),
-    "…, λ = 0.01": Idea(s_decay=1e-2),
-    "…, λ = 0.02": Idea(s_decay=2e-2),
-    "…, λ = 0.1": Idea(s_decay=1e-1),
-    "…, h of an older Δ": Idea(delay=1 / 8),
-    "…, h of an older Δ, λ = 0.02": Idea(delay=1 / 8, s_decay=2e-2),
-    "…, r does not decay": Idea(reward_decay=0.0),
-    "…, forgetting half each time": Idea(kept=0.5),
-    "…, forgetting half each time, ρ = 1.5e-3": Idea(kept=0.5, share=1.5e-3),
-    "…, forgetting 9/10 each time": Idea(kept=0.1),
-    "…, losses count half": Idea(losses=0.5),
-    "…, losses count half, λ = 0.04": Idea(losses=0.5, s_decay=4e-2),
-    "…, settled below 0.5": Idea(settle=0.5),
-    "…, not divided by the factor": Idea(by_factor=False),
-    "…, first scale = s_init": Idea(stake=1),
-    "…, first scale = 100 s_init": Idea(stake=100),
-    "…, ρ = 1e-4": Idea(share=1e-4),
-    "…, ρ = 2e-3": Idea(share=2e-3),
-    "…, ρ = 1e-2": Idea(share=1e-2),
-    "…, ρ = 1e-2, first scale = s_init": Idea(share=1e-2, stake=1),
-    "…, from step 32": Idea(first=32),
-    "…, by a factor of 1.4": Idea(growth=1.4),
-    "…, by a factor of 4": Idea(growth=4.0),
-    "…, every 100 steps": Idea(recentre="every", first=100),
-    "…, starting the tuner anew each time": Idea(kept=0.0, restart=True),
-    "…, β = 0.99 alone": Idea(betas=(0.99,)),
-    "…, β = 0.9, 0.99, 0.999": Idea(betas=(0.9, 0.99, 0.999)),
-    "…, a scale for matrices, one for vectors": Idea(per="kind"),
-    "…, a scale for the last layer, one for the rest": Idea(per="head"),
-    "…, a scale for each tensor": Idea(per="tensor"),
+    "doubling, s_init 1e-8": replace(DOUBLING, s_init=1e-8, stake=100),
+    "doubling, unclipped": replace(DOUBLING, clip=False),
+    "doubling": DOUBLING,
+    "…, λ = 0.01, times the scale": replace(DOUBLING, s_decay=1e-2, published_decay=True),
+    "…, λ = 0.01": replace(DOUBLING, s_decay=1e-2),
+    "…, λ = 0.02": replace(DOUBLING, s_decay=2e-2),
+    "…, λ = 0.1": replace(DOUBLING, s_decay=1e-1),
+    "…, h of an older Δ": replace(DOUBLING, delay=1 / 8),
+    "…, h of an older Δ, λ = 0.02": replace(DOUBLING, delay=1 / 8, s_decay=2e-2),
+    "…, r does not decay": replace(DOUBLING, reward_decay=0.0),
+    "…, forgetting half each time": replace(DOUBLING, kept=0.5),
+    "…, forgetting half each time, ρ = 1.5e-3": replace(DOUBLING, kept=0.5, share=1.5e-3),
+    "…, forgetting 9/10 each time": replace(DOUBLING, kept=0.1),
+    "…, losses count half": replace(DOUBLING, losses=0.5),
+    "…, losses count half, λ = 0.04": replace(DOUBLING, losses=0.5, s_decay=4e-2),
+    "…, settled below 0.5": replace(DOUBLING, settle=0.5),
+    "…, not divided by the factor": replace(DOUBLING, by_factor=False),
+    "…, first scale = s_init": replace(DOUBLING, stake=1),
+    "…, first scale = 100 s_init": replace(DOUBLING, stake=100),
+    "…, ρ = 1e-4": replace(DOUBLING, share=1e-4),
+    "…, ρ = 2e-3": replace(DOUBLING, share=2e-3),
+    "…, ρ = 1e-2": replace(DOUBLING, share=1e-2),
+    "…, ρ = 1e-2, first scale = s_init": replace(DOUBLING, share=1e-2, stake=1),
+    "…, from step 32": replace(DOUBLING, first=32),
+    "…, by a factor of 1.4": replace(DOUBLING, growth=1.4),
+    "…, by a factor of 3": replace(DOUBLING, growth=3.0),
+    "…, by a factor of 4": replace(DOUBLING, growth=4.0),
+    "…, every 100 steps": replace(DOUBLING, recentre="every", first=100),
+    "…, starting the tuner anew each time": replace(DOUBLING, kept=0.0, restart=True),
+    "…, β = 0.99 alone": replace(DOUBLING, betas=(0.99,)),
+    "…, β = 0.9, 0.99, 0.999": replace(DOUBLING, betas=(0.9, 0.99, 0.999)),
+    "…, a scale for matrices, one for vectors": replace(DOUBLING, per="kind"),
+    "…, a scale for the last layer, one for the rest": replace(DOUBLING, per="head"),
+    "…, a scale for each tensor": replace(DOUBLING, per="tensor"),
+    "doubling, α = 0.75": replace(DOUBLING, retroactive=0.75),
+    "doubling, α = 0.5": HALF,
+    "doubling, α = 0.5, λ = 0.01": replace(HALF, s_decay=1e-2),
+    "doubling, α = 0.5, forgetting half each time": replace(HALF, kept=0.5),
+    "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
+    "doubling, α = 0.25": replace(DOUBLING, retroactive=0.25),
+    "doubling, α = 0": replace(DOUBLING, retroactive=0.0),
+    "**tripling, α = 0.5: the default**": Idea(),
+    "the default, λ = 0.005": Idea(s_decay=5e-3),
+    "the default, losses count half": Idea(losses=0.5),
+    "tripling, α = 0.25": Idea(retroactive=0.25),
+    "by a factor of 4, α = 0.5": Idea(growth=4.0),
+    "by a factor of 4, α = 0.25": Idea(growth=4.0, retroactive=0.25),
+    "Δ fades by t/(t + 3), α = 0.5": FADING,
+    "Δ fades by t/(t + 3), α = 0.25": replace(FADING, retroactive=0.25),
+    "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, retroactive=0.25),
 }
 
 
@@ -192,7 +216,7 @@ class Tuner:
         if self.idea.recentre == "never" or step < self.turn:
             return False
         self.turn = step + self.idea.first
-        if self.idea.recentre == "doubling":
+        if self.idea.recentre == "growing":
             self.turn = max(step + 1, round(step * self.idea.growth))
         kept = self.idea.kept
         self.r, self.m, self.v = kept * self.r, kept * self.m, kept**2 * self.v
@@ -215,10 +239,16 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
         u = after - x
         for i, one in enumerate(tuners):
+            before = one.spread(one.scale).to(x.dtype)
             late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
             scale = one.step(delta[:, i] - sum(late), g[:, i], x[:, i], u[:, i], part).to(x.dtype)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
+            reference[:, i] += (1 - one.idea.retroactive) * (before - scale) * delta[:, i]
+            if one.idea.fade:
+                kept = step / (step + one.idea.fade)
+                reference[:, i] += (1 - kept) * scale * delta[:, i]
+                delta[:, i] *= kept
             delta[:, i] = (one.idea.forget or 1.0) * delta[:, i] + u[:, i]
             if one.idea.forget is not None:
                 x[:, i] += scale * u[:, i]

@@ -1,4 +1,7 @@
-"""The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + scale · Δ.
+"""The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + α · scale · Δ.
+
+α is the share of past updates that follows when the scale changes, and x_ref takes the rest of each as it comes: see
+`manic.tuner`, equation (7'). Up to `Displacement`, what is called scale here has α in it.
 
 This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
 temporary of that size. Offloaded, x_ref and Δ are in host memory and cross the bus block by block, in order with the
@@ -28,8 +31,8 @@ class Slot:
 
     Attributes:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
-        reference: x_ref, in the parameter's dtype, so that it is exact.
-        delta: Δ in at least float32, or ``None`` when it is recomputed from x.
+        reference: x_ref, in at least float32.
+        delta: Δ, likewise, or ``None`` when it is recomputed from x.
         strides: of a gradient that lies in memory as the parameter does, or ``None`` where none can.
         offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
     """
@@ -41,8 +44,8 @@ class Slot:
         self._order = sorted(range(real.dim()), key=real.stride, reverse=True)
         self._shape = real.permute(self._order).shape
         self.strides: tuple[int, ...] | None = real.stride() if self.is_dense() and not parameter.is_complex() else None
-        self.reference: Tensor = self._empty(real.numel(), real.dtype).copy_(self.x())
-        self.delta = self._empty(real.numel(), _wide(real.dtype)).zero_() if store_delta else None
+        self.reference: Tensor = self._empty(real.numel()).copy_(self.x())
+        self.delta = self._empty(real.numel()).zero_() if store_delta else None
         self._version: int | None = None
         self.address: int = 0
         self.stamp()
@@ -79,18 +82,15 @@ class Slot:
         """
         x = self.x().cpu() if self.offload else self.x()
         lost = self.delta is None and self._version is not None
-        self.reference = self.reference.to(x)
+        self.reference = self.reference.to(x.device, wide(x.dtype))
         if self.delta is not None:
             scale = scale.to(x.device)
-            self.delta = self.delta.to(x.device, _wide(x.dtype))
+            self.delta = self.delta.to(self.reference)
             same = x == point(self.reference, self.delta, scale).to(x.dtype)
             if x.device.type == "cpu" and bool(same.all()):
                 self.stamp()  # without a write, which autograd would notice
                 return False
-            self.reference.copy_(torch.where(same, self.reference, (x - self.delta * scale).to(x.dtype)))
-            if self.delta.dtype != x.dtype:  # x_ref alone is too coarse to hold the change: Δ takes the rest
-                rest = (x.to(self.delta.dtype) - self.reference) / scale
-                self.delta.copy_(torch.where(same | (scale == 0), self.delta, rest))
+            self.reference.copy_(torch.where(same, self.reference, x - self.delta * scale))
             self.write(point(self.reference, self.delta, scale))
         elif lost:
             self.reference.copy_(x)
@@ -145,10 +145,10 @@ class Slot:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
         self._version = None
 
-    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        device = local(self.parameter).device
-        pin = self.offload and device.type == "cuda"
-        return torch.empty(numel, dtype=dtype, device="cpu" if self.offload else device, pin_memory=pin)
+    def _empty(self, numel: int) -> Tensor:
+        x = _real(local(self.parameter))
+        pin = self.offload and x.is_cuda
+        return torch.empty(numel, dtype=wide(x.dtype), device="cpu" if self.offload else x.device, pin_memory=pin)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         return _real(tensor).permute(self._order).reshape(-1)
@@ -202,7 +202,8 @@ class Part:
         x = self.values()
         if x is not self._flat[0] and x.device == self.reference.device:
             return x  # gathered, and so a copy already
-        return torch.empty_like(self.reference, pin_memory=self.reference.is_pinned()).copy_(x, non_blocking=True)
+        copy = torch.empty_like(self.reference, dtype=x.dtype, pin_memory=self.reference.is_pinned())
+        return copy.copy_(x, non_blocking=True)
 
     def gradient(self) -> Tensor | None:
         """Their gradients, zero where there is none; ``None`` if there is none at all."""
@@ -248,7 +249,7 @@ class Bucket:
         self._references = [part.reference for part in parts]
         self._deltas = [part.delta for part in parts if part.delta is not None] or None
         on_host = self._references[0].device != device
-        self.kernels: ModuleType = plain if on_host else choose(self._references[0], total)
+        self.kernels: ModuleType = plain if on_host else choose(parts[0].values(), total)
 
     def _values(self) -> list[Tensor]:
         return [part.values() for part in self._parts]
@@ -265,13 +266,6 @@ class Bucket:
         """x and x_ref, 1-d."""
         return list(zip(self._values(), self._references, strict=True))
 
-    def recentre(self, when: Tensor | None) -> None:
-        """See `Displacement.recentre`."""
-        for x, reference in self.pairs():
-            reference.copy_(x if when is None else torch.where(when, x, reference))
-        for delta in self._deltas or ():
-            delta.zero_() if when is None else delta.masked_fill_(when, 0)
-
     def backup(self) -> list[Tensor]:
         """Copies of the parameters."""
         return [part.backup() for part in self._parts]
@@ -284,10 +278,10 @@ class Bucket:
             elif before is not None:
                 part.put(before[i])
 
-    def move(self, before: list[Tensor] | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
-        """See `Displacement.move`."""
+    def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
+        """See `Displacement.move`, and `kernels.plain` for the weights."""
         x = self._values()
-        self.kernels.move(x, self._references, self._deltas, before, old, new, eps)
+        self.kernels.move(x, self._references, self._deltas, before, weights, restart)
         if before is not None and finite is not None:
             for now, then in plain.blocks(x, before):
                 now.copy_(torch.where(finite, now, plain.fetch(then, now)))
@@ -339,10 +333,6 @@ class Batch:
         """x and x_ref, 1-d."""
         return [(slot.x(), slot.reference) for slot in self._slots]
 
-    def recentre(self, when: Tensor | None) -> None:
-        """See `Displacement.recentre`."""
-        self.table.recentre(self.table.true if when is None else when)
-
     def backup(self) -> list[Tensor]:
         """A copy of the parameters."""
         return [self.table.copy()]
@@ -357,14 +347,13 @@ class Batch:
                 slot.write(x)
             slot.stamp()
 
-    def move(self, before: list[Tensor] | None, old: Tensor, new: Tensor, eps: float, finite: Tensor | None) -> None:
-        """See `Displacement.move`."""
-        finite = self.table.true if finite is None else finite
+    def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
+        """See `Displacement.move`, and `kernels.plain` for the weights."""
         copy = None if before is None else before[0]
-        self.table.move(copy, old if self.table.stored else old + eps, new, finite)
+        self.table.move(copy, weights, True if finite is None else finite, restart)
         self._stamp()
 
-    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, float, Tensor], None] | None:
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, bool | Tensor], None] | None:
         """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
         from manic.kernels.fused import OnePass, rule_of
 
@@ -377,8 +366,8 @@ class Batch:
         if not one_pass.prepare(optimizer, rule, gradients):
             return None
 
-        def step(old: Tensor, new: Tensor, eps: float, finite: Tensor) -> None:
-            one_pass.run(optimizer, rule, gradients, old if self.table.stored else old + eps, new, finite)
+        def step(weights: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
+            one_pass.run(optimizer, rule, gradients, weights, finite, restart)
             self._stamp()
 
         return step
@@ -392,7 +381,7 @@ class Displacement:
     """x_ref and Δ of a set of parameters.
 
     Args:
-        store_delta: keep Δ (two copies of the model in all), or recompute it as (x - x_ref)/(scale + eps) (one).
+        store_delta: keep Δ (two copies of the model in all), or recompute it from x - x_ref (one).
         offload: keep them in host memory.
         process_group: see `Reduction`.
 
@@ -400,13 +389,15 @@ class Displacement:
         slots: what is kept of each parameter, in the order in which they joined.
         joined: whether the last `refresh` saw a parameter for the first time.
         packings: how often other parameters took part than before.
-        eps: ε of the recomputed Δ.
+        rescaled: α.
+        eps: ε, added to the scale that a recomputed Δ is divided by.
     """
 
     def __init__(self, *, store_delta: bool, offload: bool = False, process_group: Any = None) -> None:
         self.store_delta = store_delta
         self.offload = offload
         self.process_group = process_group
+        self.rescaled: float = 1.0
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
         self.joined: bool = False
@@ -444,7 +435,7 @@ class Displacement:
                 slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
             elif changed or slot.is_changed():
-                lost |= slot.keep_change(scale)
+                lost |= slot.keep_change(self.rescaled * scale)
                 touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
@@ -473,7 +464,8 @@ class Displacement:
         total = weighted[0] if len(weighted) == 1 else torch.stack([scale.new_zeros(4), *weighted]).sum(0)
         delta_grad, delta_param, grad_square, param_square = self._reduction(total).unbind()
         if not self.store_delta:
-            delta_grad, delta_param = delta_grad / (scale + self.eps), delta_param / (scale + self.eps)
+            divisor = self.rescaled * scale + self.eps
+            delta_grad, delta_param = delta_grad / divisor, delta_param / divisor
         return Sums(delta_grad, delta_param, grad_square, param_square)
 
     def begin(self) -> list[list[Tensor]] | None:
@@ -488,28 +480,42 @@ class Displacement:
             scale: the scale in force, 0-d.
         """
         for i, bucket in enumerate(self._buckets):
-            bucket.restore(None if before is None else before[i], scale.to(bucket.device))
+            bucket.restore(None if before is None else before[i], (self.rescaled * scale).to(bucket.device))
 
-    def move(self, before: list[list[Tensor]] | None, old_scale: Tensor, scale: Tensor, finite: Tensor | None) -> None:
-        """Make what a base step did to the parameters their update u: Δ ← Δ + u, x ← x_ref + scale · Δ.
+    def move(
+        self,
+        before: list[list[Tensor]] | None,
+        old_scale: Tensor,
+        scale: Tensor,
+        finite: Tensor | None = None,
+        restart: bool | Tensor = False,
+    ) -> None:
+        """Make what a base step did to the parameters their update u, and move them as (7') says.
 
         Args:
             before: from `begin`.
             old_scale: the scale in force before the step, 0-d.
             scale: the scale from now on, 0-d.
             finite: 0-d bool, ``False`` if the base step was skipped on the device, and x has to stay as it is.
+            restart: whether Δ starts again from 0 after that; a 0-d bool where only the device knows.
         """
+        weights = self._weights(old_scale, scale)
         for i, bucket in enumerate(self._buckets):
-            old, new = old_scale.to(bucket.device), scale.to(bucket.device)
-            start = None if before is None else before[i]
-            bucket.move(start, old, new, self.eps, None if finite is None else finite.to(bucket.device))
+            here = (flag.to(bucket.device) if isinstance(flag, Tensor) else flag for flag in (weights, finite, restart))
+            bucket.move(None if before is None else before[i], *here)  # type: ignore[arg-type]
 
-    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    def _weights(self, old_scale: Tensor, scale: Tensor) -> Tensor:
+        """As `kernels.plain.move` takes them."""
+        old = self.rescaled * old_scale + (0.0 if self.store_delta else self.eps)
+        return torch.stack([old, self.rescaled * scale, (1 - self.rescaled) * scale])
+
+    def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, Tensor, bool | Tensor], None] | None:
         """The base optimizer's step and the move in one pass.
 
         Returns:
-            A function of the scale in force, the scale from now on, and whether the step is finite (0-d tensors; if
-            not, nothing changes), or ``None`` if the base is not one that is covered, or has to set up state first.
+            A function of the scale in force, the scale from now on, whether the step is finite (0-d tensors; if
+            not, nothing changes), and whether Δ restarts, as for `move`; or ``None`` if the base is not one that is
+            covered, or has to set up state first.
         """
         plans = []
         for bucket in self._buckets:
@@ -518,9 +524,11 @@ class Displacement:
                 return None
             plans.append((bucket.device, plan))
 
-        def step(old: Tensor, new: Tensor, finite: Tensor) -> None:
+        def step(old_scale: Tensor, scale: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
+            weights = self._weights(old_scale, scale)
             for device, plan in plans:
-                plan(old.to(device), new.to(device), self.eps, finite.to(device))
+                here = restart.to(device) if isinstance(restart, Tensor) else restart
+                plan(weights.to(device), finite.to(device), here)
 
         return step if plans else None
 
@@ -534,15 +542,6 @@ class Displacement:
                 norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
                 total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
         return self._reduction(total).unbind()  # type: ignore
-
-    def recentre(self, when: Tensor | None = None) -> None:
-        """Take the parameters as they are for x_ref: x_ref ← x, Δ ← 0.
-
-        Args:
-            when: 0-d bool, ``False`` if nothing is to be done; ``None`` stands for ``True``.
-        """
-        for bucket in self._buckets:
-            bucket.recentre(None if when is None else when.to(bucket.device))
 
     def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
@@ -599,7 +598,7 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
     batches: dict[Any, list[Slot]] = {}
     for slot in active:
         reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
-        kind = (device, reference.dtype, share)
+        kind = (device, slot.parameter.dtype, share)
         if not slot.offload and in_tables(local(slot.parameter)) and slot.is_dense():
             batches.setdefault(kind, []).append(slot)
             continue
@@ -630,5 +629,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is kept of a tensor of such a dtype has this one, at least float32."""
     return torch.promote_types(dtype, torch.float32)

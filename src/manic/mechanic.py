@@ -158,9 +158,11 @@ class Mechanic:
         self._skipped += ~finite
         # A replay of a CUDA graph runs no Python: there the device counts, and decides.
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
-        recentre = tuner.recentres(taken + 1, config)
-        begin = partial(self._begin, config) if recentre is True and config.s_init is None else None
-        self.updater._propose(total, finite, begin, recentre)
+        restart = tuner.restarts(taken + 1, config)
+        # A first update may be zero, in a warmup say: one is looked for after steps 1, 2, 4, 8, …
+        looks = config.s_init is None and not isinstance(taken, Tensor) and taken & (taken + 1) == 0
+        begin = partial(self._begin, config) if looks else None
+        self.updater._propose(total, finite, begin, restart)
         self._log(h)
         self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
@@ -222,6 +224,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
+        self.updater.displacement.rescaled = config.rescaled
         self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps
 
     def _to(self, like: Tensor) -> None:

@@ -14,7 +14,8 @@ and, under the rule ``manic`` only::
 
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
-    x_ref ← x_{t+1},  Δ_{t+1} ← 0   if t = 1, 2, 4, 8, …    (9)  in `recentres`
+    x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
+    Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, …  (9)  in `restarts`
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -27,6 +28,8 @@ h       ``h``            (...)      inner product of the displacement Δ with th
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
 s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
+u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
+α       ``rescaled``     number     the share of past updates that follows when the scale changes
 f       factor           (...)      the schedule's factor: the learning rate over its initial value
 N       count            number     how many elements x has
 ε       ``eps``          number     keeps the divisions finite
@@ -52,10 +55,14 @@ What each rule does that the paper as printed does not:
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The reference point moves to where the parameters are whenever the number of steps doubles (9); the tuner goes on.
-    With a fixed x_ref, <Δ, g> < 0 only says that the way from the start is still downhill, which it is long after
-    steps have become too large: s then overshoots by 2 to 3 times. From a recent x_ref it says that the last half of
-    the steps were too short. The bound of the paper holds between two such moves, not across them.
+  - The displacement starts again from zero whenever the number of steps has tripled (9); the tuner goes on. Summed
+    from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is long after
+    steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the steps from
+    there on were too short.
+  - When the scale changes, half of what the updates since then would have done at the new scale is made up for (7').
+    The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
+    that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
+    holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -74,6 +81,7 @@ BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
+RESCALED = 0.5  # α
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,11 @@ class TunerConfig:
     s_init: float | None = None
     eps: float = 1e-8
     max_scale: float | None = None
+
+    @property
+    def rescaled(self) -> float:
+        """α."""
+        return RESCALED if self.rule == "manic" else 1.0
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -185,14 +198,14 @@ def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Ten
     return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
 
 
-def recentres(step: Any, config: TunerConfig) -> Any:
-    """Whether (9) applies after a step, counted from 1; of a number, or element by element of an integer tensor.
+def restarts(step: Any, config: TunerConfig) -> Any:
+    """Whether (9) applies after a step, counted from 1; of a number, or element by element of an int64 tensor.
 
     Example:
-        >>> [step for step in range(1, 100) if recentres(step, TunerConfig())]
-        [1, 2, 4, 8, 16, 32, 64]
+        >>> [step for step in range(1, 100) if restarts(step, TunerConfig())]
+        [1, 3, 9, 27, 81]
     """
-    return config.rule == "manic" and (step & (step - 1)) == 0
+    return config.rule == "manic" and 3**39 % step == 0
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:

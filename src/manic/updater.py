@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from manic.displacement import Displacement
+from manic.displacement import Displacement, wide
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
@@ -132,7 +132,7 @@ class Updater:
         self._claimed = False  # by a Mechanic
         self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-        self._recentre: bool | Tensor = False
+        self._restart: bool | Tensor = False
         self._handed_off = False
         self._warned_of_change = False
         self._check_groups()
@@ -201,7 +201,7 @@ class Updater:
         scale: Tensor,
         finite: Tensor,
         begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        recentre: bool | Tensor = False,
+        restart: bool | Tensor = False,
     ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
@@ -209,11 +209,11 @@ class Updater:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
             begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements, see `tuner.begin`.
-            recentre: have `step` move x_ref to the parameters at its end; a 0-d bool may say so on the device.
+            restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
         """
         self._next_scale.copy_(scale)
         self._finite.copy_(finite)
-        self._begin, self._recentre = begin, recentre
+        self._begin, self._restart = begin, restart
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
@@ -251,12 +251,13 @@ class Updater:
             logger.warning("A step was skipped: its gradient or h is not finite.")
             return None
 
+        restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
         with torch.no_grad():
             before = self.displacement.begin() if one_pass is None else None
         try:
             with self._internal_rates(), self._found_inf(on_device):
                 if one_pass is not None:
-                    loss = one_pass(self._scale, self._next_scale, self._finite)
+                    loss = one_pass(self._scale, self._next_scale, self._finite, restart)
                 else:
                     loss = self._stepped.step() if closure is None else self._stepped.step(closure)
             with torch.no_grad():
@@ -264,10 +265,8 @@ class Updater:
                     finite = self._finite if on_device else None
                     if self._begin is not None:
                         self._next_scale.copy_(self._begin(*self._first_sizes()))
-                    self.displacement.move(before, self._scale, self._next_scale, finite)
+                    self.displacement.move(before, self._scale, self._next_scale, finite, restart)
                 self._scale.copy_(self._next_scale)
-                if self._recentre is not False:
-                    self.displacement.recentre(None if self._recentre is True else self._recentre)
                 self._steps += 1
                 self._taken += self._finite
         except BaseException:
@@ -559,10 +558,10 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[
     for i, (key, parameter) in enumerate(zip(saved_keys, parameters, strict=True)):
         loaded = optimizer.state.get(parameter) or {}
         for name, value in saved["state"].get(key, {}).items():
-            special = (
-                isinstance(value, Tensor) and i in displacement and value.dtype != displacement[i]["reference"].dtype
-            )
-            if special and name != "step" and name in loaded:
+            if not isinstance(value, Tensor) or i not in displacement or name == "step" or name not in loaded:
+                continue
+            same_model = displacement[i]["reference"].dtype == wide(parameter.dtype)
+            if same_model and value.dtype == wide(value.dtype) != parameter.dtype:
                 loaded[name] = value.to(loaded[name].device, copy=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
+from manic.displacement import wide
 from manic.functional.tree import Tree, check_params, map_leaves, tree_where
 from manic.tuner import Sums, TunerConfig, TunerState
 from manic.updater import scale_dtype
@@ -89,8 +90,8 @@ def mechanize(
         dtype = scale_dtype(device)
         return MechanizeState(
             base=base_state,
-            reference=tree_map(torch.clone, params),
-            delta=tree_map(lambda x: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), params),
+            reference=tree_map(lambda x: x.to(wide(x.dtype), copy=True), params),
+            delta=tree_map(lambda x: torch.zeros_like(x, dtype=wide(x.dtype)), params),
             tuner=tuner.init(constants, device, dtype),
             betas=torch.tensor(constants.betas, device=device, dtype=dtype),
             steps=torch.zeros((), device=device, dtype=torch.int64),
@@ -111,14 +112,17 @@ def mechanize(
             tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)
         steps = state.steps + 1
-        recentred = torch.as_tensor(tuner.recentres(steps, constants))
+        restart = torch.as_tensor(tuner.restarts(steps, constants))
+        old, new = constants.rescaled * scale, constants.rescaled * next_scale
+        final = (1 - constants.rescaled) * next_scale
 
         def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-            unchanged = x == (reference + delta * scale).to(x.dtype)
-            reference = torch.where(unchanged, reference, (x - delta * scale).to(x.dtype))
-            delta = delta + (after.to(delta.dtype) - x.to(delta.dtype))
-            x = (reference + delta * next_scale).to(x.dtype)
-            return x, torch.where(recentred, x, reference), torch.where(recentred, 0, delta)
+            unchanged = x == (reference + delta * old).to(x.dtype)
+            reference = torch.where(unchanged, reference, x - delta * old)
+            u = after.to(delta.dtype) - x.to(delta.dtype)
+            reference, delta = reference + u * final, delta + u
+            end = reference + delta * new
+            return end.to(x.dtype), torch.where(restart, end, reference), torch.where(restart, 0, delta)
 
         moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
         after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps)

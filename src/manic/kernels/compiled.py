@@ -54,19 +54,18 @@ def move(
     references: Sequence[Tensor],
     deltas: Sequence[Tensor] | None,
     befores: Sequence[Tensor] | None,
-    old: Tensor,
-    new: Tensor,
-    eps: float,
+    weights: Tensor,
+    restart: bool | Tensor = False,
 ) -> None:
     """As `plain.move`, of up to `FEW` parts."""
-    old = old + eps if deltas is None else old
+    restart = torch.as_tensor(restart)
     small, large = [], []
     for row in plain.rows(xs, references, deltas, befores):
         (small if row[0].numel() < LEAST else large).append(row)
-    _plain_move(small, old, new)
+    _plain_move(small, weights, restart)
     if large:
         spare = _spare(xs[0].dtype, deltas is not None)
-        _run(_move, _plain_move, [*large, *spare[len(large) :]], old, new)
+        _run(_move, _plain_move, [*large, *spare[len(large) :]], weights, restart)
 
 
 def alias(x: Tensor) -> Tensor:
@@ -84,19 +83,25 @@ def _plain_sums(*row: Any) -> Tensor:
     return plain.sums(*([tensor] for tensor in row))
 
 
-def _move(rows: Any, old: Tensor, new: Tensor) -> None:
-    old, new = old.to(rows[0][0].dtype), new.to(rows[0][0].dtype)
+def _move(rows: Any, weights: Tensor, restart: Tensor) -> None:
+    old, new, final = weights.to(rows[0][0].dtype).unbind()
     for x, reference, delta, before in rows:
         if delta is None:
-            moved = (before - reference) / old + (x - before)
+            u = x - before
+            moved = (before - reference) / old + u
         else:
-            moved = delta.add_(x - (delta * old + reference))
-        x.copy_(moved * new + reference)
+            u = x - (delta * old + reference)
+            moved = delta + u
+            delta.copy_(torch.where(restart, 0, moved))
+        start = u * final + reference
+        point = moved * new + start
+        reference.copy_(torch.where(restart, point, start))
+        x.copy_(point)
 
 
-def _plain_move(rows: Any, old: Tensor, new: Tensor) -> None:
+def _plain_move(rows: Any, weights: Tensor, restart: Tensor) -> None:
     for x, reference, delta, before in rows:
-        plain.move([x], [reference], [delta], [before], old, new, 0.0)
+        plain.move([x], [reference], [delta], [before], weights, restart)
 
 
 @functools.cache
@@ -112,8 +117,10 @@ def _spare(dtype: torch.dtype, stored: bool) -> list[Any]:
         made = [[torch.zeros(size, dtype=dtype) for _ in range(3)] for size in sizes]
         return [(x, reference, other, None) if stored else (x, reference, None, other) for x, reference, other in made]
 
-    old, new = torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    _run(_move, _plain_move, rows(range(1 << 16, (1 << 16) + FEW)), old, new)  # equal sizes would be compiled in
+    weights, restart = torch.ones(3, dtype=torch.float64), torch.tensor(False)
+    _run(
+        _move, _plain_move, rows(range(1 << 16, (1 << 16) + FEW)), weights, restart
+    )  # equal sizes would be compiled in
     return rows([LEAST] * FEW)
 
 

@@ -34,8 +34,8 @@ from manic.kernels.triton import (
     _load_some,
     _on,
     _put_sum,
-    _store,
     _store_some,
+    _weights,
     upload,
 )
 
@@ -148,24 +148,29 @@ class OnePass:
         return self._state_fits and self._steps_fit
 
     def run(
-        self, optimizer: Any, rule: Rule, gradients: list[Tensor | None], old: Tensor, new: Tensor, finite: Tensor
+        self,
+        optimizer: Any,
+        rule: Rule,
+        gradients: list[Tensor | None],
+        weights: Tensor,
+        finite: Tensor,
+        restart: bool | Tensor = False,
     ) -> None:
         """Take the base's step and move x.
 
         Args:
             optimizer, rule, gradients: as for `prepare`.
-            old: the scale before, plus ε if Δ is not stored; 0-d.
-            new: the scale from now on, 0-d.
+            weights, restart: as for `plain.move`.
             finite: 0-d bool; where it is ``False`` nothing changes.
         """
         table = self._table
         dtype = table.take_gradients(gradients)
         rows = self._settings(optimizer, rule)
-        finite = finite.view(torch.uint8)
+        finite = table.flag(finite)
         if rule.adam:
             self._advance(rule, rows, finite)
         columns = (table.x, table.gradient, table.reference, table.delta, self._first, self._second)
-        others = (self._corrections, rows, self._rows_of, old, new, finite)
+        others = (self._corrections, rows, self._rows_of, weights, finite, table.flag(restart))
         types = {"X": TYPES[table.dtype], "G": dtype, "S": TYPES[self._state_dtype]}
         flags = {name.upper(): value for name, value in rule._asdict().items() if name != "counts_on_device"}
         table.launch(_step, *columns, *others, **types, **flags)
@@ -245,7 +250,7 @@ def _count(corrections, steps, rows, rows_of, finite, count, T: tl.constexpr, BL
 
 @triton.jit
 def _step_block(
-    at, count, gradients, taken, x, g, reference, delta, first, second, old, new, finite, dx, xx,
+    at, count, gradients, taken, x, g, reference, delta, first, second, old, new, final, finite, restart, dx, xx,
     rate, decay, a, b, c, d,
     ADAM: tl.constexpr, DECOUPLED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     WIDE: tl.constexpr, STORED: tl.constexpr, TAIL: tl.constexpr,
@@ -276,18 +281,16 @@ def _step_block(
         u = -rate * gradient
     if DECOUPLED:
         u -= decay * point
-    moved += tl.where(taken > 0, u, 0.0)
-    if STORED:
-        dx, xx = _finish_block(at, count, x, start, delta, moved, new, dx, xx, True, TAIL)
-    else:
-        after = (moved * new + start).to(x.dtype.element_ty).to(WIDE)
-        _store(x, at, count, tl.where(finite, after, point), TAIL)
-    return dx, xx
+    u = tl.where(taken > 0, u, 0.0)
+    return _finish_block(
+        at, count, x, point, reference, delta, start + u * final, moved + u, new, finite, restart, dx, xx, STORED, TAIL
+    )
 
 
 @triton.jit
 def _step(
-    partial, chunks, sizes, x, g, reference, delta, first, second, corrections, rows, rows_of, old, new, finite,
+    partial, chunks, sizes, x, g, reference, delta, first, second, corrections, rows, rows_of,
+    weights, finite, restart,
     ADAM: tl.constexpr, DECOUPLED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     X: tl.constexpr, G: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
     STORED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -299,12 +302,12 @@ def _step(
     taken = tl.where(finite, gradients, 0)
     x = _address(x, i, start, X, ALIGNED)
     g = _address(g, i, start, G, ALIGNED)
-    reference = _address(reference, i, start, X, ALIGNED)
+    reference = _address(reference, i, start, WIDE, ALIGNED)
     delta = _address(delta, i, start, WIDE, ALIGNED)
     first = _address(first, i, start, S, ALIGNED)
     second = _address(second, i, start, S, ALIGNED)
-    old = tl.load(old).to(WIDE)
-    new = tl.load(new).to(WIDE)
+    old, new, final = _weights(weights, WIDE)
+    restart = tl.load(restart) != 0
     row = rows + WIDTH * tl.load(rows_of + i)
     rate = tl.load(row)
     if ADAM:
@@ -329,13 +332,13 @@ def _step(
     lane = tl.arange(0, BLOCK)
     for block in range(0, full, BLOCK):
         dx, xx = _step_block(
-            block + lane, count, gradients, taken, x, g, reference, delta, first, second, old, new, finite, dx, xx,
-            rate, decay, a, b, c, d, ADAM, DECOUPLED, MOMENTUM, NESTEROV, WIDE, STORED, False,
+            block + lane, count, gradients, taken, x, g, reference, delta, first, second, old, new, final,
+            finite, restart, dx, xx, rate, decay, a, b, c, d, ADAM, DECOUPLED, MOMENTUM, NESTEROV, WIDE, STORED, False,
         )  # fmt: skip
     if full < count:
         dx, xx = _step_block(
-            full + lane, count, gradients, taken, x, g, reference, delta, first, second, old, new, finite, dx, xx,
-            rate, decay, a, b, c, d, ADAM, DECOUPLED, MOMENTUM, NESTEROV, WIDE, STORED, True,
+            full + lane, count, gradients, taken, x, g, reference, delta, first, second, old, new, final,
+            finite, restart, dx, xx, rate, decay, a, b, c, d, ADAM, DECOUPLED, MOMENTUM, NESTEROV, WIDE, STORED, True,
         )  # fmt: skip
     if STORED:
         _put_sum(partial, 1, dx)

@@ -62,43 +62,46 @@ def move(
     references: Sequence[Tensor],
     deltas: Sequence[Tensor] | None,
     befores: Sequence[Tensor] | None,
-    old: Tensor,
-    new: Tensor,
-    eps: float,
+    weights: Tensor,
+    restart: bool | Tensor = False,
 ) -> None:
-    """Δ ← Δ + u, x ← x_ref + new · Δ, where u is what a base step did to x; in place.
+    """Δ ← Δ + u, x_ref ← x_ref + final · u, x ← x_ref + new · Δ, where u is what a base step did to x; in place.
 
     Args:
         xs: parameters after the base step.
-        references: x_ref; it, Δ and ``befores`` may be in host memory.
+        references: x_ref, at least float32; it, Δ and ``befores`` may be in host memory.
         deltas: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``befores`` is given.
-        befores: x before the step, from which Δ = (x - x_ref)/(old + eps) is recomputed.
-        old: the scale before, 0-d.
-        new: the scale from now on, 0-d.
-        eps: ε.
+        befores: x before the step, from which Δ = (x - x_ref)/old is recomputed.
+        weights: old, new and final, shape (3,).
+        restart: whether x_ref ← x, Δ ← 0 at the end; 0-d bool where only the device knows.
     """
-    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    old, new, final = weights.unbind()
+    wide = references[0].dtype
     scratch = torch.empty(0, dtype=wide, device=xs[0].device)
-    for x, reference, kept, before in blocks(xs, references, deltas, befores):
+    for x, *kept, before in blocks(xs, references, deltas, befores):
         if scratch.numel() < x.numel():
             scratch = torch.empty_like(x, dtype=wide)
-        work, reference = scratch[: x.numel()], fetch(reference, x)
-        if kept is None:
-            before = fetch(before, x)
-            delta = (before.to(wide) - reference).div_(old + eps)
-            work.copy_(before)
+        work = scratch[: x.numel()]
+        reference, delta = (None if tensor is None else fetch(tensor, x) for tensor in kept)
+        if delta is None:
+            work.copy_(fetch(before, x))
+            delta = torch.sub(work, reference).div_(old)
         else:
-            delta = fetch(kept, x)
             point(reference, delta, old, out=work)
             if x.dtype != wide:
                 work.copy_(work.to(x.dtype))
         delta += torch.sub(x, work, out=work)
-        if kept is not None and kept is not delta:
-            kept.copy_(delta, non_blocking=True)
-        if x.dtype == wide:
-            point(reference, delta, new, out=x)
-        else:
-            x.copy_(point(reference, delta, new, out=work))
+        reference += work.mul_(final)
+        end = point(reference, delta, new, out=x if x.dtype == wide else work)
+        if end is not x:
+            x.copy_(end)
+        if restart is True:
+            reference, delta = end, delta.zero_()
+        elif restart is not False:
+            reference, delta = torch.where(restart, end, reference), delta.masked_fill_(restart, 0)
+        for tensor, result in zip(kept, (reference, delta), strict=True):
+            if tensor is not None and tensor is not result:
+                tensor.copy_(result, non_blocking=True)
 
 
 def point(reference: Tensor, delta: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def _sums(
     gradients = tl.where(tl.load(g + i) != 0, count, 0)
     x = _address(x, i, start, X, ALIGNED)
     g = _address(g, i, start, G, ALIGNED)
-    reference = _address(reference, i, start, X, ALIGNED)
+    reference = _address(reference, i, start, WIDE, ALIGNED)
     delta = _address(delta, i, start, WIDE, ALIGNED)
     dg = tl.zeros((BLOCK,), WIDE)
     dx, gg, xx = dg, dg, dg
@@ -146,6 +146,12 @@ def _sums(
 
 
 @triton.jit
+def _weights(weights, WIDE: tl.constexpr):
+    """old, new and final of `plain.move`."""
+    return tl.load(weights).to(WIDE), tl.load(weights + 1).to(WIDE), tl.load(weights + 2).to(WIDE)
+
+
+@triton.jit
 def _divide(a, b):
     """a / b, rounded to nearest."""
     if a.dtype == tl.float32:
@@ -154,40 +160,47 @@ def _divide(a, b):
 
 
 @triton.jit
-def _finish_block(at, count, x, reference, delta, moved, new, dx, xx, STORED: tl.constexpr, TAIL: tl.constexpr):
-    """x ← x_ref + new · Δ, Δ stored, and what the next sums need of both."""
-    point = (moved * new + reference).to(x.dtype.element_ty)
-    _store(x, at, count, point, TAIL)
+def _finish_block(
+    at, count, x, was, reference, delta, start, moved, new, finite, restart, dx, xx,
+    STORED: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """x ← x_ref + new · Δ, x_ref and Δ stored, and what the next sums need of x and Δ."""
+    end = moved * new + start
+    _store(reference, at, count, tl.where(restart, end, start), TAIL)
+    point = end.to(x.dtype.element_ty).to(moved.dtype)
     if STORED:
+        moved = tl.where(restart, 0.0, moved)
         _store(delta, at, count, moved, TAIL)
-        point = point.to(moved.dtype)
         dx += moved * point
         xx += point * point
+    else:
+        point = tl.where(finite, point, was)
+    _store(x, at, count, point, TAIL)
     return dx, xx
 
 
 @triton.jit
 def _move_block(
-    at, count, x, before, reference, delta, old, new, finite, dx, xx,
+    at, count, x, before, reference, delta, old, new, final, finite, restart, dx, xx,
     WIDE: tl.constexpr, STORED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     after = _load(x, at, count, WIDE, TAIL)
     start = _load(reference, at, count, WIDE, TAIL)
     if STORED:
         moved = _load(delta, at, count, WIDE, TAIL)
-        moved += after - (moved * old + start).to(x.dtype.element_ty).to(WIDE)
-        dx, xx = _finish_block(at, count, x, start, delta, moved, new, dx, xx, True, TAIL)
+        was = (moved * old + start).to(x.dtype.element_ty).to(WIDE)
     else:
         was = _load(before, at, count, WIDE, TAIL)
-        moved = _divide(was - start, old) + (after - was)
-        point = (moved * new + start).to(x.dtype.element_ty).to(WIDE)
-        _store(x, at, count, tl.where(finite, point, was), TAIL)
-    return dx, xx
+        moved = _divide(was - start, old)
+    u = after - was
+    return _finish_block(
+        at, count, x, was, reference, delta, start + u * final, moved + u, new, finite, restart, dx, xx, STORED, TAIL
+    )
 
 
 @triton.jit
 def _move(
-    partial, chunks, sizes, x, before, places, reference, delta, old, new, finite,
+    partial, chunks, sizes, x, before, places, reference, delta, weights, finite, restart,
     X: tl.constexpr, WIDE: tl.constexpr,
     STORED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -195,52 +208,28 @@ def _move(
     i, start, count = _chunk(chunks, sizes, CHUNK)
     x = _address(x, i, start, X, ALIGNED)
     before += tl.multiple_of(tl.load(places + i), 16) + start
-    reference = _address(reference, i, start, X, ALIGNED)
+    reference = _address(reference, i, start, WIDE, ALIGNED)
     delta = _address(delta, i, start, WIDE, ALIGNED)
-    old = tl.load(old).to(WIDE)
-    new = tl.load(new).to(WIDE)
+    old, new, final = _weights(weights, WIDE)
     finite = tl.load(finite) != 0
+    restart = tl.load(restart) != 0
     dx = tl.zeros((BLOCK,), WIDE)
     xx = dx
     full = count // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
     for block in range(0, full, BLOCK):
         dx, xx = _move_block(
-            block + lane, count, x, before, reference, delta, old, new, finite, dx, xx, WIDE, STORED, False
-        )
+            block + lane, count, x, before, reference, delta, old, new, final, finite, restart, dx, xx,
+            WIDE, STORED, False,
+        )  # fmt: skip
     if full < count:
         dx, xx = _move_block(
-            full + lane, count, x, before, reference, delta, old, new, finite, dx, xx, WIDE, STORED, True
-        )
+            full + lane, count, x, before, reference, delta, old, new, final, finite, restart, dx, xx,
+            WIDE, STORED, True,
+        )  # fmt: skip
     if STORED:
         _put_sum(partial, 1, dx)
         _put_sum(partial, 3, xx)
-
-
-@triton.jit
-def _recentre(
-    partial, chunks, sizes, x, reference, delta, when,
-    X: tl.constexpr, WIDE: tl.constexpr,
-    STORED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x_ref ← x, Δ ← 0, and so the second sum, on every chunk."""
-    if tl.load(when) != 0:
-        i, start, count = _chunk(chunks, sizes, CHUNK)
-        x = _address(x, i, start, X, ALIGNED)
-        reference = _address(reference, i, start, X, ALIGNED)
-        delta = _address(delta, i, start, WIDE, ALIGNED)
-        zero = tl.zeros((BLOCK,), WIDE)
-        full = count // BLOCK * BLOCK
-        lane = tl.arange(0, BLOCK)
-        for block in range(0, full, BLOCK):
-            _store(reference, block + lane, count, _load(x, block + lane, count, X, False), False)
-            if STORED:
-                _store(delta, block + lane, count, zero, False)
-        if full < count:
-            _store(reference, full + lane, count, _load(x, full + lane, count, X, True), True)
-            if STORED:
-                _store(delta, full + lane, count, zero, True)
-        _put_sum(partial, 1, zero)
 
 
 @triton.jit
@@ -325,7 +314,7 @@ class Table:
         self.gradient: Column = Column(device, [None] * len(x))
         self._gradient_dtype = self.dtype
         self._converted: list[Tensor | None] = []
-        self.true: Tensor = torch.ones((), dtype=torch.bool, device=device)
+        self._flags = torch.arange(2, device=device).to(torch.bool)
         self.partial: Tensor = torch.zeros(4, *self.grid, dtype=torch.float64, device=device)
         self.carried: bool = False  # whether the partial sums <Δ, x> and <x, x> are those of the present x
 
@@ -367,23 +356,25 @@ class Table:
         pairs = zip(self.places.tolist(), self.sizes.tolist(), strict=True)
         return [copy[place : place + size] for place, size in pairs]
 
-    def move(self, before: Tensor | None, old: Tensor, new: Tensor, finite: Tensor) -> None:
+    def flag(self, value: bool | Tensor) -> Tensor:
+        """A bool as kernels read it; one that is on the device already stays there."""
+        return (value if isinstance(value, Tensor) else self._flags[int(value)]).view(torch.uint8)
+
+    def move(
+        self, before: Tensor | None, weights: Tensor, finite: bool | Tensor = True, restart: bool | Tensor = False
+    ) -> None:
         """As `plain.move`, for all tensors in one launch.
 
         Args:
             before: from `copy`, before the base step; ``None`` if Δ is stored.
-            old: the scale before, plus ε if Δ is not stored; 0-d.
-            new: the scale from now on, 0-d.
-            finite: 0-d bool; where it is ``False`` x stays, or goes back to ``before``.
+            weights: as there.
+            finite: where it is ``False`` x stays, or goes back to ``before``.
+            restart: as there.
         """
         room = self.partial if before is None else before
-        columns = (self.x, room, self.places, self.reference, self.delta, old, new, finite.view(torch.uint8))
-        self.launch(_move, *columns, X=TYPES[self.dtype])
+        columns = (self.x, room, self.places, self.reference, self.delta)
+        self.launch(_move, *columns, weights, self.flag(finite), self.flag(restart), X=TYPES[self.dtype])
         self.carried = self.stored
-
-    def recentre(self, when: Tensor) -> None:
-        """x_ref ← x, Δ ← 0, in one launch, if ``when``, a 0-d bool on the device."""
-        self.launch(_recentre, self.x, self.reference, self.delta, when.view(torch.uint8), X=TYPES[self.dtype])
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Run a kernel with one program per chunk."""

@@ -79,7 +79,7 @@ def test_sums(form: Any, numel: int, dtype: torch.dtype, tolerance: float) -> No
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_move(numel: int, dtype: torch.dtype, stored: bool, restart: bool | Tensor) -> None:
-    """Δ and x_ref grow by what was done to x since the recomputed point, and x is a rounded product and a rounded sum."""
+    """Δ and x_ref grow by what was done to x since the recomputed point; x is a rounded product and a rounded sum."""
     x, g, reference, delta = tensors(numel, dtype)
     old, new, final = WEIGHTS.unbind()
     after, before = x + g, x.clone()

@@ -51,7 +51,7 @@ class Idea:
         published_decay: the λ term has the scale in it.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
         retroactive: α, how much of a change of the scale moves x along Δ.
-        fade: instead of moving x_ref at certain steps, Δ is multiplied by t/(t + fade) in step t, and x_ref moves along.
+        fade: in step t, Δ is multiplied by t/(t + fade), and x_ref moves along.
         reward_decay: r decays by β to this power.
         betas: β.
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and

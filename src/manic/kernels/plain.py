@@ -78,28 +78,28 @@ def move(
     old, new, final = weights.unbind()
     wide = references[0].dtype
     scratch = torch.empty(0, dtype=wide, device=xs[0].device)
-    for x, *kept, before in blocks(xs, references, deltas, befores):
+    for x, reference, kept, before in blocks(xs, references, deltas, befores):
         if scratch.numel() < x.numel():
             scratch = torch.empty_like(x, dtype=wide)
-        work = scratch[: x.numel()]
-        reference, delta = (None if tensor is None else fetch(tensor, x) for tensor in kept)
-        if delta is None:
+        work, start = scratch[: x.numel()], fetch(reference, x)
+        if kept is None:
             work.copy_(fetch(before, x))
-            delta = torch.sub(work, reference).div_(old)
+            delta = torch.sub(work, start).div_(old)
         else:
-            point(reference, delta, old, out=work)
+            delta = fetch(kept, x)
+            point(start, delta, old, out=work)
             if x.dtype != wide:
                 work.copy_(work.to(x.dtype))
         delta += torch.sub(x, work, out=work)
-        reference += work.mul_(final)
-        end = point(reference, delta, new, out=x if x.dtype == wide else work)
+        start += work.mul_(final)
+        end = point(start, delta, new, out=x if x.dtype == wide else work)
         if end is not x:
             x.copy_(end)
         if restart is True:
-            reference, delta = end, delta.zero_()
+            start, delta = end, delta.zero_()
         elif restart is not False:
-            reference, delta = torch.where(restart, end, reference), delta.masked_fill_(restart, 0)
-        for tensor, result in zip(kept, (reference, delta), strict=True):
+            start, delta = torch.where(restart, end, start), delta.masked_fill_(restart, 0)
+        for tensor, result in ((reference, start), (kept, delta)):
             if tensor is not None and tensor is not result:
                 tensor.copy_(result, non_blocking=True)
 

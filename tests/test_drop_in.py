@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from manic import Mechanic, Updater, is_mechanized, mechanize
+from manic.tuner import RESCALED
 
 
 def make(model: nn.Module, name: str = "adamw", **options: Any) -> Any:
@@ -248,7 +249,7 @@ def test_live_state_is_in_torchs_layout() -> None:
     train(model, optimizer, range(20))
     state = optimizer.state[model.out.weight]
     internal = optimizer.mechanic.scale * 0.1  # the scale of a base that steps at lr 1
-    assert torch.allclose(model.out.weight, state["reference"] + state["delta"] * internal, rtol=1e-12)
+    assert torch.allclose(model.out.weight, state["reference"] + RESCALED * state["delta"] * internal, rtol=1e-12)
     assert float(state["delta"].norm()) > 0
 
 

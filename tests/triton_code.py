@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, compile
 from manic.kernels import fused
 from manic.kernels import triton as passes
 
-DOUBLES = ("partial", "corrections", "rows", "old", "new")
+DOUBLES = ("partial", "corrections", "rows", "weights")
 SHAPE = {"CHUNK": passes.CHUNK, "BLOCK": passes.BLOCK}
 FLOAT32 = {"X": tl.float32, "WIDE": tl.float32, "STORED": True, "ALIGNED": True, **SHAPE}
 HALF = {**FLOAT32, "X": tl.bfloat16}
@@ -35,7 +35,15 @@ def kind(name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
     if name in constants:
         return "constexpr"
-    return "*fp64" if name in DOUBLES else "*u8" if name == "finite" else "*fp32" if name == "before" else "*i64"
+    return (
+        "*fp64"
+        if name in DOUBLES
+        else "*u8"
+        if name in ("finite", "restart")
+        else "*fp32"
+        if name == "before"
+        else "*i64"
+    )
 
 
 def main() -> None:

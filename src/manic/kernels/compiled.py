@@ -118,9 +118,8 @@ def _spare(dtype: torch.dtype, stored: bool) -> list[Any]:
         return [(x, reference, other, None) if stored else (x, reference, None, other) for x, reference, other in made]
 
     weights, restart = torch.ones(3, dtype=torch.float64), torch.tensor(False)
-    _run(
-        _move, _plain_move, rows(range(1 << 16, (1 << 16) + FEW)), weights, restart
-    )  # equal sizes would be compiled in
+    sizes = range(1 << 16, (1 << 16) + FEW)  # equal ones would be compiled in
+    _run(_move, _plain_move, rows(sizes), weights, restart)
     return rows([LEAST] * FEW)
 
 

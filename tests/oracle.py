@@ -61,13 +61,11 @@ class Oracle:
             self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
             self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
         self.h = h
+        before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
-        if self.rule == "manic":
-            change = (sum(self.s) - scale) / 2
-            new = [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, self.delta, strict=True)]
-            self.delta = [d + ui for d, ui in zip(self.delta, u, strict=True)]
-            if self.steps in (1, 3, 9, 27, 81, 243, 729):
-                self.delta = [0.0] * len(x)
-            return new
-        self.delta = [d + ui for d, ui in zip(self.delta, u, strict=True)]
-        return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
+        if self.rule != "manic":
+            return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
+        if self.steps in (1, 3, 9, 27, 81, 243, 729):
+            self.delta = [0.0] * len(x)
+        change = (sum(self.s) - scale) / 2
+        return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]

@@ -81,10 +81,10 @@ def test_sums_and_move(dtype: torch.dtype, tolerance: float, stored: bool) -> No
     """The sums within rounding, and every bit of x, x_ref and Δ; the move carries the sums of a fresh pass."""
     x, g, reference, delta = tensors(dtype)
     table = passes.Table(x, reference, delta if stored else None)
-    for step in range(2):
+    for step in range(3):
         fresh = passes.Table(x, reference, delta if stored else None)
         got, again = table.sums(g), fresh.sums(g)
-        assert table.carried == (stored and step == 1)
+        assert table.carried == (stored and step > 0)
         assert torch.equal(got, again)
         moved = delta if stored else [a.to(d) - r.to(d) for a, r, d in zip(x, reference, delta, strict=True)]
         together = [torch.cat([t.double() for t in each]) for each in (moved, x)]
@@ -112,8 +112,9 @@ def test_sums_and_move(dtype: torch.dtype, tolerance: float, stored: bool) -> No
             assert all(map(torch.equal, row, got))
         assert not torch.equal(x[-1], was[-1])
         assert not torch.equal(reference[-1], points[-1])
-    assert all(torch.equal(a, r.to(a.dtype)) for a, r in zip(x, reference, strict=True))
-    assert not stored or not torch.cat(delta).any()
+        if restart:
+            assert all(torch.equal(a, r.to(a.dtype)) for a, r in zip(x, reference, strict=True))
+            assert not stored or not torch.cat(delta).any()
 
 
 def test_a_move_that_is_not_finite_puts_back_the_copy() -> None:

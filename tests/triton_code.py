@@ -35,15 +35,9 @@ def kind(name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
     if name in constants:
         return "constexpr"
-    return (
-        "*fp64"
-        if name in DOUBLES
-        else "*u8"
-        if name in ("finite", "restart")
-        else "*fp32"
-        if name == "before"
-        else "*i64"
-    )
+    if name in DOUBLES:
+        return "*fp64"
+    return {"finite": "*u8", "restart": "*u8", "before": "*fp32"}.get(name, "*i64")
 
 
 def main() -> None:

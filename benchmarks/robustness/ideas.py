@@ -50,7 +50,7 @@ class Idea:
         s_decay: λ.
         published_decay: the λ term has the scale in it.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
-        retroactive: α, how much of a change of the scale moves x along Δ.
+        rescaled: α, how much of a change of the scale moves x along Δ.
         fade: in step t, Δ is multiplied by t/(t + fade), and x_ref moves along.
         reward_decay: r decays by β to this power.
         betas: β.
@@ -74,17 +74,17 @@ class Idea:
     s_decay: float = 0.0
     published_decay: bool = False
     delay: float = 0.0
-    retroactive: float = tuner.RESCALED
+    rescaled: float = tuner.RESCALED
     fade: float = 0.0
     reward_decay: float = 1.0
     betas: tuple[float, ...] = BETAS
     per: str = "model"
 
 
-DOUBLING = Idea(growth=2.0, retroactive=1.0)
+DOUBLING = Idea(growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
-HALF = replace(DOUBLING, retroactive=0.5)
+HALF = replace(DOUBLING, rescaled=0.5)
 FADING = Idea(recentre="never", fade=3.0)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -128,22 +128,22 @@ IDEAS = {
     "…, a scale for matrices, one for vectors": replace(DOUBLING, per="kind"),
     "…, a scale for the last layer, one for the rest": replace(DOUBLING, per="head"),
     "…, a scale for each tensor": replace(DOUBLING, per="tensor"),
-    "doubling, α = 0.75": replace(DOUBLING, retroactive=0.75),
+    "doubling, α = 0.75": replace(DOUBLING, rescaled=0.75),
     "doubling, α = 0.5": HALF,
     "doubling, α = 0.5, λ = 0.01": replace(HALF, s_decay=1e-2),
     "doubling, α = 0.5, forgetting half each time": replace(HALF, kept=0.5),
     "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
-    "doubling, α = 0.25": replace(DOUBLING, retroactive=0.25),
-    "doubling, α = 0": replace(DOUBLING, retroactive=0.0),
+    "doubling, α = 0.25": replace(DOUBLING, rescaled=0.25),
+    "doubling, α = 0": replace(DOUBLING, rescaled=0.0),
     "**tripling, α = 0.5: the default**": Idea(),
     "the default, λ = 0.005": Idea(s_decay=5e-3),
     "the default, losses count half": Idea(losses=0.5),
-    "tripling, α = 0.25": Idea(retroactive=0.25),
+    "tripling, α = 0.25": Idea(rescaled=0.25),
     "by a factor of 4, α = 0.5": Idea(growth=4.0),
-    "by a factor of 4, α = 0.25": Idea(growth=4.0, retroactive=0.25),
+    "by a factor of 4, α = 0.25": Idea(growth=4.0, rescaled=0.25),
     "Δ fades by t/(t + 3), α = 0.5": FADING,
-    "Δ fades by t/(t + 3), α = 0.25": replace(FADING, retroactive=0.25),
-    "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, retroactive=0.25),
+    "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
+    "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
 }
 
 
@@ -244,7 +244,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
             scale = one.step(delta[:, i] - sum(late), g[:, i], x[:, i], u[:, i], part).to(x.dtype)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
-            reference[:, i] += (1 - one.idea.retroactive) * (before - scale) * delta[:, i]
+            reference[:, i] += (1 - one.idea.rescaled) * (before - scale) * delta[:, i]
             if one.idea.fade:
                 kept = step / (step + one.idea.fade)
                 reference[:, i] += (1 - kept) * scale * delta[:, i]

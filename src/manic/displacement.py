@@ -501,8 +501,8 @@ class Displacement:
         """
         weights = self._weights(old_scale, scale)
         for i, bucket in enumerate(self._buckets):
-            here = (flag.to(bucket.device) if isinstance(flag, Tensor) else flag for flag in (weights, finite, restart))
-            bucket.move(None if before is None else before[i], *here)  # type: ignore[arg-type]
+            start = None if before is None else before[i]
+            bucket.move(start, *(_placed(value, bucket.device) for value in (weights, finite, restart)))
 
     def _weights(self, old_scale: Tensor, scale: Tensor) -> Tensor:
         """As `kernels.plain.move` takes them."""
@@ -527,8 +527,7 @@ class Displacement:
         def step(old_scale: Tensor, scale: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
             weights = self._weights(old_scale, scale)
             for device, plan in plans:
-                here = restart.to(device) if isinstance(restart, Tensor) else restart
-                plan(weights.to(device), finite.to(device), here)
+                plan(*(_placed(value, device) for value in (weights, finite, restart)))
 
         return step if plans else None
 
@@ -632,3 +631,8 @@ def _real(tensor: Tensor) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What is kept of a tensor of such a dtype has this one, at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A tensor on a device; anything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value

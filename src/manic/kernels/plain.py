@@ -38,7 +38,7 @@ def sums(
         The four sums, shape (4,).
     """
     here = next((tensor for tensor in (*(xs or ()), *gs) if tensor is not None), references[0])
-    wide = torch.promote_types(references[0].dtype, torch.float32)
+    wide = references[0].dtype
     zero = torch.zeros((), dtype=wide, device=here.device)
     products: list[Tensor] = []
     complete = xs is not None

@@ -27,16 +27,32 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.h = 0.0
 
-    def step(self, x: list[float], g: list[float], u: list[float], factor: float = 1.0) -> list[float]:
+    def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
+        """Without a gradient the scale stays."""
         scale = sum(self.s)
+        if g is not None:
+            self._tune(x, g)
+        if self.s_init is None:
+            size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
+            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
+            self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
+        before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
+        self.steps += 1
+        if self.rule != "manic":
+            return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
+        if self.steps in (1, 3, 9, 27, 81, 243, 729):
+            self.delta = [0.0] * len(x)
+        change = (sum(self.s) - scale) / 2
+        return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
+
+    def _tune(self, x: list[float], g: list[float]) -> None:
         norm_g, norm_x = math.sqrt(dot(g, g)), math.sqrt(dot(x, x))
         if self.rule in ("paper", "manic"):
             direction = [xi / norm_x for xi in x] if norm_x > 0 else x
         else:
             direction = [xi / (norm_x + self.eps) for xi in x]
-        weight = self.lam * norm_g * (1 if self.rule == "manic" else scale)
+        weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
@@ -56,16 +72,3 @@ class Oracle:
                 self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
             elif self.v[i] > 0:
                 self.s[i] = wealth / math.sqrt(self.v[i])
-        if self.s_init is None:
-            size = max(norm_x, 1e-3 * math.sqrt(len(x)))
-            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
-            self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
-        self.h = h
-        before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
-        self.steps += 1
-        if self.rule != "manic":
-            return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        if self.steps in (1, 3, 9, 27, 81, 243, 729):
-            self.delta = [0.0] * len(x)
-        change = (sum(self.s) - scale) / 2
-        return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]

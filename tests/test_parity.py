@@ -18,6 +18,7 @@ from problems import OPTIMIZERS, SCHEDULERS, backward, flat, make_net, relative_
 from manic import Mechanic, Updater
 
 STEPS = 150
+BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test
 
@@ -30,34 +31,54 @@ def assert_moved(start: torch.Tensor, end: torch.Tensor, hs: list[float], scale:
 
 
 def run_manic(
-    optimizer: str, scheduler: str, *, store_delta: bool, rule: str, s_decay: float, s_init: float | None = S_INIT
+    optimizer: str,
+    scheduler: str,
+    *,
+    store_delta: bool,
+    rule: str,
+    s_decay: float,
+    s_init: float | None = S_INIT,
+    held_out: int = 0,
 ) -> tuple[torch.Tensor, float]:
+    """With ``held_out``, the scale is learned from other batches, at every so many steps."""
     model = make_net()
     start, hs = flat(model), []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
     mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
+        if held_out and step % held_out == 0:
+            backward(model, 500 + step)
+            mechanic.step()
         backward(model, step)
-        mechanic.step()
+        mechanic.step(tune=not held_out)
         updater.step()
     assert_moved(start, flat(model), hs, float(mechanic.scale))
     return flat(model), float(mechanic.scale)
 
 
-def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]]) -> torch.Tensor:
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])
+
+
+def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]], held_out: int = 0) -> torch.Tensor:
     """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u, factor)`` returns for x."""
     model = make_net()
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     schedule = SCHEDULERS[scheduler](base)
     for step in range(STEPS):
+        g = None
+        if held_out and step % held_out == 0:
+            backward(model, 500 + step)
+            g = gradient(model).tolist()
         backward(model, step)
         x = flat(model)
-        g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])
+        if not held_out:
+            g = gradient(model).tolist()
         factor = base.param_groups[0]["lr"] / 0.5
         base.step()
         u = flat(model) - x
-        new = torch.tensor(tune(x.tolist(), g.tolist(), u.tolist(), factor), dtype=torch.float64)
+        new = torch.tensor(tune(x.tolist(), g, u.tolist(), factor), dtype=torch.float64)
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(new, list(model.parameters()))
         if schedule is not None:
@@ -76,11 +97,24 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]]) -> t
 )
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
 def test_oracle(optimizer: str, scheduler: str, rule: str, s_decay: float, s_init: float | None) -> None:
-    betas = [0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999]
     eps = 0.0 if rule == "manic" else 1e-8
-    oracle = Oracle(flat(make_net()).tolist(), rule, betas=betas, lam=s_decay, s_init=s_init, eps=eps)
+    oracle = Oracle(flat(make_net()).tolist(), rule, betas=list(BETAS), lam=s_decay, s_init=s_init, eps=eps)
     expected = drive(optimizer, scheduler, oracle.step)
     parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=s_decay, s_init=s_init)
+    assert relative_difference(parameters, expected) < TOLERANCE
+    assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("held_out", [1, 4])
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_scale_learned_from_other_batches(store_delta: bool, held_out: int, scheduler: str) -> None:
+    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, s_init=None, eps=0.0)
+    expected = drive("adamw", scheduler, oracle.step, held_out)
+    options: dict[str, Any] = {"store_delta": store_delta, "rule": "manic", "s_decay": 0.0, "s_init": None}
+    parameters, scale = run_manic("adamw", scheduler, **options, held_out=held_out)
+    same_batches, _ = run_manic("adamw", scheduler, **options)
+    assert relative_difference(parameters, same_batches) > 1e-2
     assert relative_difference(parameters, expected) < TOLERANCE
     assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
 

@@ -308,6 +308,28 @@ def test_a_second_mechanic_step_replaces_the_first() -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
+@pytest.mark.parametrize("bad", ["held-out rows", "training rows"])
+def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> None:
+    """Of held-out rows it leaves the scale, and training goes on; of training rows it skips the step, not the scale."""
+    model, logged = make_net(), []
+    updater, mechanic = pair(model)
+    mechanic.log_func = logged.append
+    for step in range(30):
+        before, scale = flat(model), float(mechanic.scale)
+        for rows in ("held-out rows", "training rows"):
+            backward(model, step + 500 * (rows == "held-out rows"))
+            if step == 20 and rows == bad:
+                assert model.gain.grad is not None
+                model.gain.grad.fill_(math.nan)
+            mechanic.step(tune=rows == "held-out rows")
+        updater.step()
+        assert torch.equal(flat(model), before) == (step == 20 and bad == "training rows")
+        if step == 20:
+            assert (float(mechanic.scale) == scale) == (bad == "held-out rows")
+    assert int(mechanic.state_dict()["skipped"]) == (bad == "training rows")
+    assert [row["iter_count"] for row in logged] == list(range(1, 31))
+
+
 def test_closure() -> None:
     model, twin = make_net(), make_net()
     (updater, mechanic), (twin_updater, twin_mechanic) = pair(model), pair(twin)

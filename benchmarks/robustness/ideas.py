@@ -3,7 +3,8 @@
 Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lion, each with three schedules; the table
 says how far the final validation loss is above that of the best rate of the grid. See docs/quality.md.
 
-    python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--smaller N] [--out FOLDER]
+    python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
+                                          [--smaller N] [--steps N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import SCHEDULES, Stack, base_step, factor, mean
+from train import SCHEDULES, Stack, base_step, factor, held_out, mean
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -56,6 +57,8 @@ class Idea:
         betas: β.
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
             the rest (``"head"``), or each ``"tensor"``.
+        held_out: the share of the training rows that are not trained on, and that h is measured on.
+        every: h is measured at every so many steps, and the scale stays in between.
     """
 
     s_init: float | None = None
@@ -79,6 +82,8 @@ class Idea:
     reward_decay: float = 1.0
     betas: tuple[float, ...] = BETAS
     per: str = "model"
+    held_out: float = 0.0
+    every: int = 1
 
 
 DOUBLING = Idea(growth=2.0, rescaled=1.0)
@@ -144,6 +149,11 @@ IDEAS = {
     "Δ fades by t/(t + 3), α = 0.5": FADING,
     "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
+    "the default, every fourth step": Idea(every=4),
+    "the default, on 1/10 of the rows": Idea(held_out=0.1),
+    "the default, on 1/10 of the rows, every fourth step": Idea(held_out=0.1, every=4),
+    "the default, on 1/5 of the rows": Idea(held_out=0.2),
+    "the default, on 1/5 of the rows, every fourth step": Idea(held_out=0.2, every=4),
 }
 
 
@@ -177,9 +187,11 @@ class Tuner:
         """A number for every group, at every element."""
         return scale[:, self.group].repeat_interleave(self.counts, -1)
 
-    def step(self, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
+    def step(self, number: int, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
+        if number % idea.every:
+            return self.spread(self.scale)
         h = self.product(delta, g)
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
@@ -226,22 +238,24 @@ class Tuner:
         return True
 
 
-def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
-    """The parameters at the end, (seeds, ideas, parameters)."""
+def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int, others: Stack | None) -> Tensor:
+    """The parameters at the end, (seeds, ideas, parameters); h is measured on rows of ``others`` if given."""
     x = stack.start[:, None].repeat(1, len(ideas), 1)
     reference, delta = x.clone(), torch.zeros_like(x)
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
-    for step, (inputs, targets) in enumerate(stack.batches(STEPS)):
+    rows_of_others = others.batches(steps) if others else None
+    for step, (inputs, targets) in enumerate(stack.batches(steps)):
         g, _ = stack.gradient(x, inputs, targets)
-        part, after = factor(schedule, step, STEPS), x.clone()
+        tuned_on = stack.gradient(x, *next(rows_of_others))[0] if rows_of_others else g
+        part, after = factor(schedule, step, steps), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
         u = after - x
         for i, one in enumerate(tuners):
             before = one.spread(one.scale).to(x.dtype)
             late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
-            scale = one.step(delta[:, i] - sum(late), g[:, i], x[:, i], u[:, i], part).to(x.dtype)
+            scale = one.step(step, delta[:, i] - sum(late), tuned_on[:, i], x[:, i], u[:, i], part).to(x.dtype)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
             reference[:, i] += (1 - one.idea.rescaled) * (before - scale) * delta[:, i]
@@ -259,18 +273,22 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea]) -> Tensor:
     return x
 
 
-def pair(task: str, base: str, schedule: str, names: list[str], smaller: int) -> dict[str, list[float]]:
+def pair(task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int) -> dict[str, list[float]]:
     """Of every idea: gap and regret of the validation loss."""
     torch.set_num_threads(1)
     made = TASKS[task]()
-    stack = Stack(replace(made, batch=made.batch // smaller), SEEDS)
-    _, best = stack.tuned(base, schedule, STEPS)
+    made = replace(made, batch=made.batch // smaller)
+    stack = Stack(made, SEEDS)
+    _, best = stack.tuned(base, schedule, steps)
     start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
-    tried = stack.losses(train(stack, base, schedule, [IDEAS[name] for name in names]))
     result = {}
-    for i, name in enumerate(names):
-        loss = mean(row[i].valid for row in tried)
-        result[name] = [loss / best - 1, min(1.0, (loss - best) / (start - best))]
+    for share in {IDEAS[name].held_out for name in names}:
+        alike = [name for name in names if IDEAS[name].held_out == share]
+        trained, others = (Stack(part, SEEDS) for part in held_out(made, share)) if share else (stack, None)
+        tried = stack.losses(train(trained, base, schedule, [IDEAS[name] for name in alike], steps, others))
+        for i, name in enumerate(alike):
+            loss = mean(row[i].valid for row in tried)
+            result[name] = [loss / best - 1, min(1.0, (loss - best) / (start - best))]
     return result
 
 
@@ -279,19 +297,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        places = product(options.tasks, BASES, SCHEDULES)
-        jobs = {pool.submit(pair, *place, options.ideas, options.smaller): place for place in places}
+        places = product(options.tasks, options.bases, SCHEDULES)
+        more = options.ideas, options.smaller, options.steps
+        jobs = {pool.submit(pair, *place, *more): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
             found[" | ".join(jobs[job])] = job.result()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ideas.json").write_text(json.dumps(found, indent=1))
 
-    print(f"\n{len(found)} pairs, {len(SEEDS)} seeds, {STEPS} steps\n")
+    print(f"\n{len(found)} pairs, {len(SEEDS)} seeds, {options.steps} steps\n")
     print("| | median gap | within 10 % | worst gap | mean regret | " + " | ".join(SCHEDULES) + " |")
     print("|---|---|---|---|---|" + "---|" * len(SCHEDULES))
     for name in options.ideas:

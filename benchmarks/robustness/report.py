@@ -18,7 +18,7 @@ HALVES = {
     "Tasks that choices were made on": [task.__name__ for task in CHOOSING],
     "Tasks that no choice has seen": [task.__name__ for task in REPORTED],
 }
-NONE = 1e-7  # losses below count as this: long runs on small data reach 0 in float32
+LEAST_LOSS = 1e-7  # losses below count as this: long runs on small data reach 0 in float32
 LEVEL = 0.1  # a gap that counts as being as good
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "lion": "Lion"}
 STYLES: dict[str, dict[str, Any]] = {  # of the lines in the picture of indifference
@@ -101,7 +101,7 @@ class Pair:
 
 
 def _gap(loss: float, oracle: float) -> float:
-    return max(loss, NONE) / max(oracle, NONE) - 1
+    return max(loss, LEAST_LOSS) / max(oracle, LEAST_LOSS) - 1
 
 
 def _mean(losses: Iterable[Losses]) -> Losses:

@@ -11,8 +11,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from manic import Mechanic, Updater
 
-START, BASE = "start", "base"
+START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
+HELD_OUT_SHARE, HELD_OUT_EVERY = 0.2, 4  # of the training rows, and of the steps that the tuner learns at from these
 WIDENINGS = 4  # at most, of a grid by two rates
 
 
@@ -112,6 +116,12 @@ def manic(parameters: Iterable[nn.Parameter], run: Run, **options: Any) -> Stepp
     return [Mechanic(updater, **options), updater]
 
 
+def manic_on_other_rows(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
+    """The same, but that the first object is to be stepped with other rows' gradients, before the rest."""
+    mechanic, updater = manic(parameters, run)
+    return [mechanic, SimpleNamespace(step=partial(mechanic.step, tune=False)), updater]
+
+
 def mechanic_pytorch(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
     """The published package."""
     cls, options = base_class(run.base)
@@ -157,6 +167,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "manic": Method(manic, "manic", tuple(GRIDS)),
+    HELD_OUT: Method(manic_on_other_rows, "manic", tuple(GRIDS)),
     "optax rule": Method(lambda parameters, run: manic(parameters, run, rule="optax"), "manic", tuple(GRIDS)),
     "mechanic-pytorch": Method(mechanic_pytorch, "mechanic_pytorch", tuple(GRIDS)),
     "Prodigy": Method(prodigy, "prodigyopt", ("adamw",)),
@@ -188,6 +199,15 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Data]:
         yield task.train[0][rows], task.train[1][rows]
 
 
+def held_out(task: Task, share: float) -> tuple[Task, Task]:
+    """The task with the training rows that are left without a share of them, and with that share."""
+    inputs, targets = task.train
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(2))
+    cut = int(share * len(inputs))
+    rows, rest = order[:cut], order[cut:]
+    return replace(task, train=(inputs[rest], targets[rest])), replace(task, train=(inputs[rows], targets[rows]))
+
+
 def measured(task: Task) -> tuple[Data, Data]:
     """The rows that losses are reported on: those for validation, and 512 of the training ones."""
     rows = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(1))[:512]
@@ -209,10 +229,21 @@ def trained(run: Run) -> nn.Module:
     switches = run.method == "schedule-free"
     if switches:
         steppers[0].train()
-    for inputs, targets in batches(task, run.seed, run.steps):
+    others = None
+    if run.method == HELD_OUT:
+        task, other = held_out(task, HELD_OUT_SHARE)
+        others = batches(other, run.seed, run.steps)
+
+    def backward(inputs: Tensor, targets: Tensor) -> None:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
-        for stepper in steppers:
+
+    for step, rows in enumerate(batches(task, run.seed, run.steps)):
+        if others is not None and step % HELD_OUT_EVERY == 0:
+            backward(*next(others))
+            steppers[0].step()
+        backward(*rows)
+        for stepper in steppers[others is not None :]:
             stepper.step()
     if switches:
         steppers[0].eval()

@@ -120,7 +120,7 @@ class Mechanic:
 
     @outside_graphs
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, *, tune: bool = True) -> None:
         """Compute the scale of the coming ``updater.step()`` from the parameters and their gradients.
 
         Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
@@ -129,6 +129,11 @@ class Mechanic:
         At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
         stays at its start, runs away or oscillates.
 
+        Args:
+            tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
+                checks that the gradients are finite: for those of the training rows where the scale is learned from
+                gradients of other, held-out rows.
+
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
@@ -136,18 +141,21 @@ class Mechanic:
         Warns:
             ScaleWarning: once for each of these.
         """
-        step = self._steps + (not self.updater._pending)
+        replaces = self.updater._pending
+        step = self._steps + (not replaces)
         sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
         self._to(scale)
-        if not self.updater._pending:
+        if not replaces:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
         config = self._config
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
-        tune = one_launch(_tune) if scale.is_cuda else _tune
-        h, finite, after, total = tune(sums, scale, self._previous, self._betas, config)
+        tuned = one_launch(_tune) if scale.is_cuda else _tune
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config)
+        if not tune:
+            after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
@@ -155,7 +163,7 @@ class Mechanic:
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
-        self._skipped += ~finite
+        self._skipped += self.updater._finite.long() - finite.long() if replaces else ~finite
         # A replay of a CUDA graph runs no Python: there the device counts, and decides.
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
         restart = tuner.restarts(taken + 1, config)
@@ -163,7 +171,8 @@ class Mechanic:
         looks = config.s_init is None and not isinstance(taken, Tensor) and taken & (taken + 1) == 0
         begin = partial(self._begin, config) if looks else None
         self.updater._propose(total, finite, begin, restart)
-        self._log(h)
+        if tune:
+            self._log(h)
         self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Trains small nets on real data with the base optimizers at every rate of a grid, and with methods that need no rate;
 prints tables and draws pictures of what the latter lose. See docs/quality.md.
 
-    python benchmarks/robustness quick|picture|standard|full [--only METHOD ...] [--tasks TASK ...] [--long]
+    python benchmarks/robustness quick|picture|standard|full [--only METHOD ...] [--tasks TASK ...] [--long] [--seeds N]
 
 Each training's losses are kept in a file as they come: a second call does what is missing.
 """
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=ALL, default=ALL, help="tasks to run and report")
     parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods whose results to forget first")
     parser.add_argument("--long", action="store_true", help="ten times the steps, on the tasks that are cheap")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many, instead of the size's own")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each; 0: report only")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"), help="folder for results and pictures")
     arguments = parser.parse_args()
@@ -170,6 +171,8 @@ def main() -> None:
         plans = [plan._replace(bases=tuple(base for base in plan.bases if base != "lion")) for plan in plans]
     if arguments.long:
         plans = [plan._replace(steps=10 * plan.steps) for plan in plans[:1]]
+    if arguments.seeds:
+        plans = [plan._replace(seeds=tuple(range(arguments.seeds))) for plan in plans]
     asked = [task for task in arguments.tasks if task in CHEAP or not arguments.long]
     plans = [plan._replace(tasks=tuple(task for task in plan.tasks if task in asked)) for plan in plans]
     pictured = not arguments.long and set(spread.tasks) <= set(asked)

@@ -22,7 +22,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import SCHEDULES, Stack, base_step, factor, held_out, mean
+from train import ALWAYS, SCHEDULES, Stack, base_step, factor, held_out, mean
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -58,7 +58,7 @@ class Idea:
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
             the rest (``"head"``), or each ``"tensor"``.
         held_out: the share of the training rows that are not trained on, and that h is measured on.
-        every: h is measured at every so many steps, and the scale stays in between.
+        every: after the first 100 steps h is measured at every so many, and the scale stays in between.
     """
 
     s_init: float | None = None
@@ -149,11 +149,11 @@ IDEAS = {
     "Δ fades by t/(t + 3), α = 0.5": FADING,
     "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
-    "the default, every fourth step": Idea(every=4),
+    "the default, then every fourth step": Idea(every=4),
     "the default, on 1/10 of the rows": Idea(held_out=0.1),
-    "the default, on 1/10 of the rows, every fourth step": Idea(held_out=0.1, every=4),
+    "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
     "the default, on 1/5 of the rows": Idea(held_out=0.2),
-    "the default, on 1/5 of the rows, every fourth step": Idea(held_out=0.2, every=4),
+    "the default, on 1/5 of the rows, then every fourth step": Idea(held_out=0.2, every=4),
 }
 
 
@@ -190,7 +190,7 @@ class Tuner:
     def step(self, number: int, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
-        if number % idea.every:
+        if number >= ALWAYS and number % idea.every:
             return self.spread(self.scale)
         h = self.product(delta, g)
         if idea.s_decay:
@@ -284,7 +284,7 @@ def pair(task: str, base: str, schedule: str, names: list[str], smaller: int, st
     result = {}
     for share in {IDEAS[name].held_out for name in names}:
         alike = [name for name in names if IDEAS[name].held_out == share]
-        trained, others = (Stack(part, SEEDS) for part in held_out(made, share)) if share else (stack, None)
+        trained, others = (Stack(part, SEEDS) for part in held_out(made, share, 0)) if share else (stack, None)
         tried = stack.losses(train(trained, base, schedule, [IDEAS[name] for name in alike], steps, others))
         for i, name in enumerate(alike):
             loss = mean(row[i].valid for row in tried)

@@ -6,7 +6,8 @@ import csv
 import math
 import platform
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,8 +144,7 @@ def _share(gaps: list[float]) -> str:
     return f"{100 * sum(gap <= LEVEL for gap in gaps) / len(gaps):.0f} %"
 
 
-def _short(scores: list[Score]) -> str:
-    gaps = [score.gap for score in scores]
+def _short(gaps: list[float]) -> str:
     return f"{_percent(statistics.median(gaps))} ({_share(gaps)})" if gaps else "–"
 
 
@@ -165,6 +165,19 @@ def _summary(scores: Mapping[str, list[Score]]) -> str:
     return _table(head, rows)
 
 
+def _split(scores: Mapping[str, list[Score]], columns: Mapping[str, Callable[[Score], bool]], gap: str = "gap") -> str:
+    """The gaps of every method in parts, which the columns choose."""
+    rows = [
+        [name, *(_short([getattr(score, gap) for score in row if chosen(score)]) for chosen in columns.values())]
+        for name, row in scores.items()
+    ]
+    return _table(["", *columns], rows)
+
+
+def _is(field: str, value: str, score: Score) -> bool:
+    return getattr(score, field) == value
+
+
 def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
     """The tables of a plan, in Markdown."""
     every = scores_of(plan, methods, found)
@@ -180,21 +193,14 @@ def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
             continue
         everywhere = {name: row for name, row in scores.items() if name not in METHODS or len(METHODS[name].bases) > 1}
         text += [f"## {title}\n", _summary(scores)]
-        text.append("Median gap, and the share of pairs within 10 %, by schedule:\n")
-        rows = [
-            [name, *(_short([score for score in row if score.schedule == schedule]) for schedule in plan.schedules)]
-            for name, row in everywhere.items()
-        ]
-        text += [_table(["", *plan.schedules], rows), "By base optimizer, and on AdamW's with a constant rate:\n"]
-        rows = [
-            [
-                name,
-                *(_short([score for score in row if score.base == base]) for base in plan.bases),
-                _short([score for score in row if (score.base, score.schedule) == ("adamw", "constant")]),
-            ]
-            for name, row in scores.items()
-        ]
-        text.append(_table(["", *plan.bases, "adamw, constant"], rows))
+        by_task = {task: partial(_is, "task", task) for task in tasks if task in plan.tasks}
+        by_schedule = {schedule: partial(_is, "schedule", schedule) for schedule in plan.schedules}
+        by_base = {base: partial(_is, "base", base) for base in plan.bases}
+        by_base["adamw, constant"] = lambda score: (score.base, score.schedule) == ("adamw", "constant")
+        text += ["Median gap, and the share of pairs within 10 %, by task:\n", _split(scores, by_task)]
+        text += ["By task, training loss:\n", _split(scores, by_task, "train_gap")]
+        text += ["By schedule:\n", _split(everywhere, by_schedule)]
+        text += ["By base optimizer, and on AdamW's with a constant rate:\n", _split(scores, by_base)]
         diverged = [
             f"- {name}: {score.task}, {score.base}, {score.schedule}, seeds {', '.join(map(str, score.diverged))}"
             for name, row in scores.items()

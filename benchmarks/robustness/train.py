@@ -28,7 +28,8 @@ from manic import Mechanic, Updater
 
 START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
-HELD_OUT_SHARE, HELD_OUT_EVERY = 0.2, 4  # of the training rows, and of the steps that the tuner learns at from these
+HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
+ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
 WIDENINGS = 4  # at most, of a grid by two rates
 
 
@@ -199,10 +200,10 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Data]:
         yield task.train[0][rows], task.train[1][rows]
 
 
-def held_out(task: Task, share: float) -> tuple[Task, Task]:
+def held_out(task: Task, share: float, seed: int) -> tuple[Task, Task]:
     """The task with the training rows that are left without a share of them, and with that share."""
     inputs, targets = task.train
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(200 + seed))
     cut = int(share * len(inputs))
     rows, rest = order[:cut], order[cut:]
     return replace(task, train=(inputs[rest], targets[rest])), replace(task, train=(inputs[rows], targets[rows]))
@@ -231,7 +232,7 @@ def trained(run: Run) -> nn.Module:
         steppers[0].train()
     others = None
     if run.method == HELD_OUT:
-        task, other = held_out(task, HELD_OUT_SHARE)
+        task, other = held_out(task, HELD_OUT_SHARE, run.seed)
         others = batches(other, run.seed, run.steps)
 
     def backward(inputs: Tensor, targets: Tensor) -> None:
@@ -239,7 +240,7 @@ def trained(run: Run) -> nn.Module:
         task.loss(model(inputs), targets).backward()
 
     for step, rows in enumerate(batches(task, run.seed, run.steps)):
-        if others is not None and step % HELD_OUT_EVERY == 0:
+        if others is not None and (step < ALWAYS or step % EVERY == 0):
             backward(*next(others))
             steppers[0].step()
         backward(*rows)

@@ -179,7 +179,8 @@ def main() -> None:
 
     file = arguments.out / "results.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    forget(file, arguments.again)
+    if arguments.again:
+        forget(file, arguments.again)
     jobs = [job for plan in plans for job in jobs_of(plan, methods)]
     if pictured:
         jobs += jobs_of_indifference(spread, [method for method in methods if method in STYLES])

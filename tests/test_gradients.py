@@ -73,6 +73,34 @@ def test_accumulated_parts_of_a_batch_are_the_batch(form: str, limit: float | No
         assert relative_difference(train(form, parts=1, limit=None, scale=None)[0], expected) > 1e-3
 
 
+def test_held_out_rows_have_a_loss_scale_of_their_own() -> None:
+    """float64; loss scales are powers of two, which round nothing."""
+
+    def trained(scales: list[float] | None) -> torch.Tensor:
+        model = make_net()
+        tuned = Tuned("two objects", model)
+        scalers = [torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10) for scale in scales or ()]
+        for step in range(STEPS):
+            for turn, data in enumerate((batch(500 + step), batch(step))):
+                model.zero_grad()
+                loss = (model(data[0]) - data[1]).square().mean()
+                if not scalers:
+                    loss.backward()
+                else:
+                    scalers[turn].scale(loss).backward()
+                    scalers[turn].unscale_(tuned.target)
+                tuned.mechanic.step(tune=turn == 0)
+                if turn:
+                    scalers[turn].step(tuned.target) if scalers else tuned.target.step()
+                if scalers:
+                    scalers[turn].update()
+        return flat(model)
+
+    expected = trained(None)
+    assert relative_difference(expected, flat(make_net())) > 1e-2
+    assert relative_difference(trained([2.0**16, 2.0**8]), expected) < 1e-10
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("device", "fused"), [("cpu", False), pytest.param("cuda", False, marks=gpu), pytest.param("cuda", True, marks=gpu)]

@@ -141,11 +141,10 @@ class Mechanic:
         Warns:
             ScaleWarning: once for each of these.
         """
-        replaces = self.updater._pending
-        step = self._steps + (not replaces)
+        step = self._steps + (not self.updater._pending)
         sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
         self._to(scale)
-        if not replaces:
+        if not self.updater._pending:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
         config = self._config
@@ -163,7 +162,7 @@ class Mechanic:
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
-        self._skipped += self.updater._finite.long() - finite.long() if replaces else ~finite
+        self._skipped += ~finite
         # A replay of a CUDA graph runs no Python: there the device counts, and decides.
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
         restart = tuner.restarts(taken + 1, config)

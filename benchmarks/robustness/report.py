@@ -195,7 +195,7 @@ def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
         text += [f"## {title}\n", _summary(scores)]
         by_task = {task: partial(_is, "task", task) for task in tasks if task in plan.tasks}
         by_schedule = {schedule: partial(_is, "schedule", schedule) for schedule in plan.schedules}
-        by_base = {base: partial(_is, "base", base) for base in plan.bases}
+        by_base: dict[str, Callable[[Score], bool]] = {base: partial(_is, "base", base) for base in plan.bases}
         by_base["adamw, constant"] = lambda score: (score.base, score.schedule) == ("adamw", "constant")
         text += ["Median gap, and the share of pairs within 10 %, by task:\n", _split(scores, by_task)]
         text += ["By task, training loss:\n", _split(scores, by_task, "train_gap")]

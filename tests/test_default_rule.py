@@ -116,3 +116,31 @@ def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: st
         assert relative_difference(flat(model), start) > 0.1
         ends.append(flat(model))
     assert max(relative_difference(end, ends[0]) for end in ends) < 1e-6
+
+
+def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
+    """Targets are a line and as much noise again; the error is that against the line."""
+
+    def error(*, held_out: bool) -> float:
+        torch.manual_seed(0)
+        x, unseen = torch.randn(200, 8), torch.randn(2000, 8)
+        y = x[:, :1] + torch.randn(200, 1)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
+        mechanic = Mechanic(updater)
+        for step in range(600):
+            if held_out and (step < 100 or step % 4 == 0):
+                updater.zero_grad()
+                (model(x[:40]) - y[:40]).square().mean().backward()
+                mechanic.step()
+            rows = torch.randint(40 if held_out else 0, 200, (32,))
+            updater.zero_grad()
+            (model(x[rows]) - y[rows]).square().mean().backward()
+            mechanic.step(tune=not held_out)
+            updater.step()
+        with torch.no_grad():
+            return float((model(unseen) - unseen[:, :1]).square().mean())
+
+    with_noise = error(held_out=False)
+    assert with_noise > 0.3
+    assert error(held_out=True) < with_noise / 2

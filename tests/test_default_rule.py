@@ -118,6 +118,7 @@ def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: st
     assert max(relative_difference(end, ends[0]) for end in ends) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::manic.ScaleWarning")  # nothing helps the held-out rows any more
 def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
     """Targets are a line and as much noise again; the error is that against the line."""
 

@@ -179,7 +179,7 @@ def main() -> None:
 
     file = arguments.out / "results.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.again:
+    if arguments.processes or arguments.again:  # a report alone may be of a run that is under way
         forget(file, arguments.again)
     jobs = [job for plan in plans for job in jobs_of(plan, methods)]
     if pictured:

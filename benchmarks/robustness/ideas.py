@@ -22,7 +22,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import ALWAYS, SCHEDULES, Stack, base_step, factor, held_out, mean
+from train import SCHEDULES, Stack, base_step, factor, held_out, mean, tunes
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -190,7 +190,7 @@ class Tuner:
     def step(self, number: int, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
-        if number >= ALWAYS and number % idea.every:
+        if not tunes(number, idea.every):
             return self.spread(self.scale)
         h = self.product(delta, g)
         if idea.s_decay:

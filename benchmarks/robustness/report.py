@@ -6,8 +6,7 @@ import csv
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,17 +164,14 @@ def _summary(scores: Mapping[str, list[Score]]) -> str:
     return _table(head, rows)
 
 
-def _split(scores: Mapping[str, list[Score]], columns: Mapping[str, Callable[[Score], bool]], gap: str = "gap") -> str:
-    """The gaps of every method in parts, which the columns choose."""
-    rows = [
-        [name, *(_short([getattr(score, gap) for score in row if chosen(score)]) for chosen in columns.values())]
-        for name, row in scores.items()
-    ]
+def _split(scores: Mapping[str, list[Score]], columns: Mapping[str, dict[str, str]], gap: str = "gap") -> str:
+    """The gaps of every method in parts; a column says by which fields its scores are chosen."""
+
+    def cell(row: list[Score], fields: dict[str, str]) -> str:
+        return _short([getattr(score, gap) for score in row if fields.items() <= score._asdict().items()])
+
+    rows = [[name, *(cell(row, fields) for fields in columns.values())] for name, row in scores.items()]
     return _table(["", *columns], rows)
-
-
-def _is(field: str, value: str, score: Score) -> bool:
-    return getattr(score, field) == value
 
 
 def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
@@ -193,10 +189,10 @@ def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
             continue
         everywhere = {name: row for name, row in scores.items() if name not in METHODS or len(METHODS[name].bases) > 1}
         text += [f"## {title}\n", _summary(scores)]
-        by_task = {task: partial(_is, "task", task) for task in tasks if task in plan.tasks}
-        by_schedule = {schedule: partial(_is, "schedule", schedule) for schedule in plan.schedules}
-        by_base: dict[str, Callable[[Score], bool]] = {base: partial(_is, "base", base) for base in plan.bases}
-        by_base["adamw, constant"] = lambda score: (score.base, score.schedule) == ("adamw", "constant")
+        by_task = {task: {"task": task} for task in tasks if task in plan.tasks}
+        by_schedule = {schedule: {"schedule": schedule} for schedule in plan.schedules}
+        by_base = {base: {"base": base} for base in plan.bases}
+        by_base["adamw, constant"] = {"base": "adamw", "schedule": "constant"}
         text += ["Median gap, and the share of pairs within 10 %, by task:\n", _split(scores, by_task)]
         text += ["By task, training loss:\n", _split(scores, by_task, "train_gap")]
         text += ["By schedule:\n", _split(everywhere, by_schedule)]

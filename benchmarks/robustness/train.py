@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +116,6 @@ def manic(parameters: Iterable[nn.Parameter], run: Run, **options: Any) -> Stepp
     return [Mechanic(updater, **options), updater]
 
 
-def manic_on_other_rows(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
-    """The same, but that the first object is to be stepped with other rows' gradients, before the rest."""
-    mechanic, updater = manic(parameters, run)
-    return [mechanic, SimpleNamespace(step=partial(mechanic.step, tune=False)), updater]
-
-
 def mechanic_pytorch(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
     """The published package."""
     cls, options = base_class(run.base)
@@ -168,7 +161,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "manic": Method(manic, "manic", tuple(GRIDS)),
-    HELD_OUT: Method(manic_on_other_rows, "manic", tuple(GRIDS)),
+    HELD_OUT: Method(manic, "manic", tuple(GRIDS)),
     "optax rule": Method(lambda parameters, run: manic(parameters, run, rule="optax"), "manic", tuple(GRIDS)),
     "mechanic-pytorch": Method(mechanic_pytorch, "mechanic_pytorch", tuple(GRIDS)),
     "Prodigy": Method(prodigy, "prodigyopt", ("adamw",)),
@@ -209,6 +202,11 @@ def held_out(task: Task, share: float, seed: int) -> tuple[Task, Task]:
     return replace(task, train=(inputs[rest], targets[rest])), replace(task, train=(inputs[rows], targets[rows]))
 
 
+def tunes(step: int, every: int) -> bool:
+    """Whether the scale is learned in a step, counted from 0: in the first `ALWAYS`, then at every so many."""
+    return step < ALWAYS or step % every == 0
+
+
 def measured(task: Task) -> tuple[Data, Data]:
     """The rows that losses are reported on: those for validation, and 512 of the training ones."""
     rows = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(1))[:512]
@@ -230,8 +228,10 @@ def trained(run: Run) -> nn.Module:
     switches = run.method == "schedule-free"
     if switches:
         steppers[0].train()
-    others = None
+    calls = [stepper.step for stepper in steppers]
+    tune, others = calls[0], None
     if run.method == HELD_OUT:
+        calls[0] = partial(tune, tune=False)
         task, other = held_out(task, HELD_OUT_SHARE, run.seed)
         others = batches(other, run.seed, run.steps)
 
@@ -240,12 +240,12 @@ def trained(run: Run) -> nn.Module:
         task.loss(model(inputs), targets).backward()
 
     for step, rows in enumerate(batches(task, run.seed, run.steps)):
-        if others is not None and (step < ALWAYS or step % EVERY == 0):
+        if others is not None and tunes(step, EVERY):
             backward(*next(others))
-            steppers[0].step()
+            tune()
         backward(*rows)
-        for stepper in steppers[others is not None :]:
-            stepper.step()
+        for call in calls:
+            call()
     if switches:
         steppers[0].eval()
     return model

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 modules = {
     "keras": ["src/manic/opt_list/for_keras.py", "tests/opt_list_keras.py"],
+    "lightning": ["tests/lightning_ranks.py"],
     "optax": ["src/manic/opt_list/for_optax.py"],
     "triton": ["src/manic/kernels/triton.py", "src/manic/kernels/fused.py", "tests/triton_code.py"],
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from functional_problem import needs_recent_compiler
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"lightning", "transformers", "accelerate", "tensorboard", "ignite"}
@@ -19,7 +20,11 @@ pytestmark = [  # Lightning's, of tiny data and of torch 2.13, and ZeroRedundanc
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+    "path",
+    [
+        pytest.param(path, marks=[needs_recent_compiler] * (path.name == "functional.md"), id=path.name)
+        for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    ],
 )
 def test_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

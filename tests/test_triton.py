@@ -23,7 +23,7 @@ from torch.optim import SGD, Adam, AdamW
 from manic import Mechanic, Updater, mechanize
 from manic.kernels import in_tables, plain
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.2")
 from manic.kernels import fused
 from manic.kernels import triton as passes
 

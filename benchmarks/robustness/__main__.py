@@ -110,18 +110,19 @@ def read(file: Path) -> dict[Run, Losses]:
     }
 
 
-def forget(file: Path, methods: Iterable[str]) -> None:
-    """Take the rows of some methods out of a file, and what is no row."""
-    lines = [json.dumps(row) for row in rows_of(file) if row["method"] not in methods]
+def repair(file: Path) -> None:
+    """Take what is no row out of a file."""
+    lines = map(json.dumps, rows_of(file))
     new = file.with_suffix(".new")
     new.write_text("".join(f"{line}\n" for line in lines))
     new.replace(file)
 
 
-def work(jobs: list[Job], file: Path, processes: int) -> int:
-    """Do what is not in the file yet, and write it there; returns how many jobs failed."""
+def work(jobs: list[Job], file: Path, processes: int, again: Iterable[str] = ()) -> int:
+    """Do what is not in the file yet, or of some methods, and write it there; returns how many jobs failed."""
+    repair(file)
     found = read(file)
-    todo = [job for job in dict.fromkeys(jobs) if not found.keys() >= set(job.runs)]
+    todo = [job for job in dict.fromkeys(jobs) if job.runs[0].method in again or not found.keys() >= set(job.runs)]
     failed = 0
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(processes, get_context("spawn"))
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run and report")
     parser.add_argument("--tasks", nargs="+", choices=ALL, default=ALL, help="tasks to run and report")
-    parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods whose results to forget first")
+    parser.add_argument("--again", nargs="+", choices=METHODS, default=[], help="methods to run anew")
     parser.add_argument("--long", action="store_true", help="ten times the steps, on the tasks that are cheap")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many, instead of the size's own")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each; 0: report only")
@@ -179,12 +180,10 @@ def main() -> None:
 
     file = arguments.out / "results.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.processes or arguments.again:  # a report alone may be of a run that is under way
-        forget(file, arguments.again)
     jobs = [job for plan in plans for job in jobs_of(plan, methods)]
     if pictured:
         jobs += jobs_of_indifference(spread, [method for method in methods if method in STYLES])
-    failed = work(jobs, file, arguments.processes) if arguments.processes else 0
+    failed = work(jobs, file, arguments.processes, arguments.again) if arguments.processes else 0
 
     found = read(file)
     text = "\n".join(report(plan, methods, found) for plan in plans)

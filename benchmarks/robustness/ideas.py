@@ -14,7 +14,7 @@ import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Idea:
             the rest (``"head"``), or each ``"tensor"``.
         held_out: the share of the training rows that are not trained on, and that h is measured on.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
+        until: the share of the steps after which the scale stays, and all rows are trained on.
     """
 
     s_init: float | None = None
@@ -84,6 +85,7 @@ class Idea:
     per: str = "model"
     held_out: float = 0.0
     every: int = 1
+    until: float = 1.0
 
 
 DOUBLING = Idea(growth=2.0, rescaled=1.0)
@@ -154,6 +156,10 @@ IDEAS = {
     "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
     "the default, on 1/5 of the rows": Idea(held_out=0.2),
     "the default, on 1/5 of the rows, then every fourth step": Idea(held_out=0.2, every=4),
+    "…, for a third of the steps": Idea(held_out=0.2, every=4, until=1 / 3),
+    "…, for half of the steps": Idea(held_out=0.2, every=4, until=0.5),
+    "…, for two thirds of the steps": Idea(held_out=0.2, every=4, until=2 / 3),
+    "…, on 1/10 of the rows, for half of the steps": Idea(held_out=0.1, every=4, until=0.5),
 }
 
 
@@ -187,11 +193,9 @@ class Tuner:
         """A number for every group, at every element."""
         return scale[:, self.group].repeat_interleave(self.counts, -1)
 
-    def step(self, number: int, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
+    def step(self, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
-        if not tunes(number, idea.every):
-            return self.spread(self.scale)
         h = self.product(delta, g)
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
@@ -238,24 +242,31 @@ class Tuner:
         return True
 
 
-def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int, others: Stack | None) -> Tensor:
-    """The parameters at the end, (seeds, ideas, parameters); h is measured on rows of ``others`` if given."""
+def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int) -> Tensor:
+    """The parameters at the end, (seeds, ideas, parameters), of ideas with the same rows to train on."""
     x = stack.start[:, None].repeat(1, len(ideas), 1)
     reference, delta = x.clone(), torch.zeros_like(x)
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
-    rows_of_others = others.batches(steps) if others else None
-    for step, (inputs, targets) in enumerate(stack.batches(steps)):
-        g, _ = stack.gradient(x, inputs, targets)
-        tuned_on = stack.gradient(x, *next(rows_of_others))[0] if rows_of_others else g
+    share, until = ideas[0].held_out, round(ideas[0].until * steps)
+    data, others = stack.batches(steps), None
+    if share:
+        first, others = (Stack(part, SEEDS).batches(until) for part in held_out(stack.task, share, 0))
+        data = chain(first, stack.batches(steps - until))
+    for step, rows in enumerate(data):
+        g = tuned_on = stack.gradient(x, *rows)[0]
+        tuned = [step < until and tunes(step, idea.every) for idea in ideas]
+        if others and any(tuned):
+            tuned_on = stack.gradient(x, *next(others))[0]
         part, after = factor(schedule, step, steps), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
         u = after - x
         for i, one in enumerate(tuners):
-            before = one.spread(one.scale).to(x.dtype)
+            before = scale = one.spread(one.scale).to(x.dtype)
             late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
-            scale = one.step(step, delta[:, i] - sum(late), tuned_on[:, i], x[:, i], u[:, i], part).to(x.dtype)
+            if tuned[i]:
+                scale = one.step(delta[:, i] - sum(late), tuned_on[:, i], x[:, i], u[:, i], part).to(x.dtype)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
             reference[:, i] += (1 - one.idea.rescaled) * (before - scale) * delta[:, i]
@@ -282,10 +293,13 @@ def pair(task: str, base: str, schedule: str, names: list[str], smaller: int, st
     _, best = stack.tuned(base, schedule, steps)
     start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
     result = {}
-    for share in {IDEAS[name].held_out for name in names}:
-        alike = [name for name in names if IDEAS[name].held_out == share]
-        trained, others = (Stack(part, SEEDS) for part in held_out(made, share, 0)) if share else (stack, None)
-        tried = stack.losses(train(trained, base, schedule, [IDEAS[name] for name in alike], steps, others))
+
+    def rows(name: str) -> tuple[float, float]:
+        return IDEAS[name].held_out, IDEAS[name].until
+
+    for kind in set(map(rows, names)):
+        alike = [name for name in names if rows(name) == kind]
+        tried = stack.losses(train(stack, base, schedule, [IDEAS[name] for name in alike], steps))
         for i, name in enumerate(alike):
             loss = mean(row[i].valid for row in tried)
             result[name] = [loss / best - 1, min(1.0, (loss - best) / (start - best))]

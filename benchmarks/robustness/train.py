@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
+UNTIL = 0.5  # for this share of the steps; then the base optimizer goes on alone, with all rows
 WIDENINGS = 4  # at most, of a grid by two rates
 
 
@@ -228,24 +228,28 @@ def trained(run: Run) -> nn.Module:
     switches = run.method == "schedule-free"
     if switches:
         steppers[0].train()
-    calls = [stepper.step for stepper in steppers]
-    tune, others = calls[0], None
-    if run.method == HELD_OUT:
-        calls[0] = partial(tune, tune=False)
-        task, other = held_out(task, HELD_OUT_SHARE, run.seed)
-        others = batches(other, run.seed, run.steps)
 
     def backward(inputs: Tensor, targets: Tensor) -> None:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    for step, rows in enumerate(batches(task, run.seed, run.steps)):
-        if others is not None and tunes(step, EVERY):
-            backward(*next(others))
-            tune()
+    left = run.steps
+    if run.method == HELD_OUT:
+        mechanic, updater = steppers
+        left -= (until := round(UNTIL * run.steps))
+        rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
+        for step, rows in enumerate(rest):
+            if tunes(step, EVERY):
+                backward(*next(others))
+                mechanic.step()
+            backward(*rows)
+            mechanic.step(tune=False)
+            updater.step()
+        steppers = mechanic.hand_off()
+    for rows in batches(task, run.seed, left):
         backward(*rows)
-        for call in calls:
-            call()
+        for stepper in steppers:
+            stepper.step()
     if switches:
         steppers[0].eval()
     return model

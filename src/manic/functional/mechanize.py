@@ -141,7 +141,7 @@ def _begun(state: TunerState, before: Tree, after: Tree, factor: float | Tensor,
 
     leaves = tree_leaves(tree_map(squares, before, after))
     param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
-    count = state.start.new_tensor(sum(leaf.numel() for leaf in tree_leaves(before)))
+    count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=wide, device=state.start.device)
     return tuner.begin(state, param_norm, update_norm / factor, count, config)
 
 

@@ -129,16 +129,22 @@ def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
         updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
         mechanic = Mechanic(updater)
-        for step in range(600):
-            if held_out and (step < 100 or step % 4 == 0):
-                updater.zero_grad()
-                (model(x[:40]) - y[:40]).square().mean().backward()
-                mechanic.step()
-            rows = torch.randint(40 if held_out else 0, 200, (32,))
-            updater.zero_grad()
+
+        def backward(rows: torch.Tensor) -> None:
+            model.zero_grad()
             (model(x[rows]) - y[rows]).square().mean().backward()
+
+        for step in range(300):
+            if held_out and (step < 100 or step % 4 == 0):
+                backward(torch.arange(40))
+                mechanic.step()
+            backward(torch.randint(40 if held_out else 0, 200, (32,)))
             mechanic.step(tune=not held_out)
             updater.step()
+        optimizer, _ = mechanic.hand_off()
+        for _ in range(300):
+            backward(torch.randint(0, 200, (32,)))
+            optimizer.step()
         with torch.no_grad():
             return float((model(unseen) - unseen[:, :1]).square().mean())
 

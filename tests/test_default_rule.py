@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -120,10 +121,10 @@ def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: st
 
 @pytest.mark.filterwarnings("ignore::manic.ScaleWarning")  # nothing helps the held-out rows any more
 def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
-    """Targets are a line and as much noise again; the error is that against the line."""
+    """Targets are a line and as much noise again; the error is that against the line, the mean over seeds."""
 
-    def error(*, held_out: bool) -> float:
-        torch.manual_seed(0)
+    def error(seed: int, *, held_out: bool) -> float:
+        torch.manual_seed(seed)
         x, unseen = torch.randn(200, 8), torch.randn(2000, 8)
         y = x[:, :1] + torch.randn(200, 1)
         model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
@@ -134,7 +135,8 @@ def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
             model.zero_grad()
             (model(x[rows]) - y[rows]).square().mean().backward()
 
-        for step in range(300):
+        steps = 300 if held_out else 600
+        for step in range(steps):
             if held_out and (step < 100 or step % 4 == 0):
                 backward(torch.arange(40))
                 mechanic.step()
@@ -142,12 +144,13 @@ def test_held_out_rows_keep_a_net_from_learning_noise() -> None:
             mechanic.step(tune=not held_out)
             updater.step()
         optimizer, _ = mechanic.hand_off()
-        for _ in range(300):
-            backward(torch.randint(0, 200, (32,)))
+        for _ in range(steps, 600):
+            backward(torch.randint(200, (32,)))
             optimizer.step()
         with torch.no_grad():
             return float((model(unseen) - unseen[:, :1]).square().mean())
 
-    with_noise = error(held_out=False)
+    seeds = range(3)
+    with_noise = statistics.fmean(error(seed, held_out=False) for seed in seeds)
     assert with_noise > 0.3
-    assert error(held_out=True) < with_noise / 2
+    assert statistics.fmean(error(seed, held_out=True) for seed in seeds) < with_noise / 2

@@ -47,6 +47,8 @@ class Idea:
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
+        ceiling: once x_ref has moved after step 81, the scale stays below so many times its largest between the last
+            two moves; 0: there is none.
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
         published_decay: the λ term has the scale in it.
@@ -74,6 +76,7 @@ class Idea:
     clip: bool = True
     losses: float = 1.0
     settle: float = 0.0
+    ceiling: float = 0.0
     forget: float | None = None
     s_decay: float = 0.0
     published_decay: bool = False
@@ -151,6 +154,9 @@ IDEAS = {
     "Δ fades by t/(t + 3), α = 0.5": FADING,
     "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
+    "the default, no higher than since the move before": Idea(ceiling=1.0),
+    "the default, no higher than twice that": Idea(ceiling=2.0),
+    "the default, for half of the steps": Idea(until=0.5),
     "the default, then every fourth step": Idea(every=4),
     "the default, on 1/10 of the rows": Idea(held_out=0.1),
     "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
@@ -182,6 +188,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
         self.highest = 0.0
+        self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -221,11 +228,12 @@ class Tuner:
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
         scale = self.s.sum(-1)
         self.highest = max(self.highest, part)
-        if part < idea.settle * self.highest:
-            scale = torch.minimum(scale, self.scale)
-            self.s = self.s * (scale / self.s.sum(-1)).unsqueeze(-1)
-        self.scale = scale
-        return scale
+        limit = self.scale if part < idea.settle * self.highest else self.limit
+        if (scale > limit).any():
+            self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
+        self.scale = torch.minimum(scale, limit)
+        self.largest = torch.maximum(self.largest, self.scale)
+        return self.scale
 
     def recentres(self, step: int) -> bool:
         """Whether x_ref moves after a step, counted from 1."""
@@ -234,6 +242,9 @@ class Tuner:
         self.turn = step + self.idea.first
         if self.idea.recentre == "growing":
             self.turn = max(step + 1, round(step * self.idea.growth))
+        if self.idea.ceiling and step >= 81:
+            self.limit = self.idea.ceiling * self.largest
+        self.largest = torch.zeros_like(self.scale)
         kept = self.idea.kept
         self.r, self.m, self.v = kept * self.r, kept * self.m, kept**2 * self.v
         if self.idea.restart:

@@ -233,10 +233,9 @@ def trained(run: Run) -> nn.Module:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    left = run.steps
-    if run.method == HELD_OUT:
+    until = round(UNTIL * run.steps) if run.method == HELD_OUT else 0
+    if until:
         mechanic, updater = steppers
-        left -= (until := round(UNTIL * run.steps))
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
         for step, rows in enumerate(rest):
             if tunes(step, EVERY):
@@ -246,7 +245,7 @@ def trained(run: Run) -> nn.Module:
             mechanic.step(tune=False)
             updater.step()
         steppers = mechanic.hand_off()
-    for rows in batches(task, run.seed, left):
+    for rows in batches(task, run.seed, run.steps - until):
         backward(*rows)
         for stepper in steppers:
             stepper.step()

@@ -10,6 +10,7 @@ import pytest
 from functional_problem import needs_recent_compiler
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXTRAS = {"lightning", "transformers", "accelerate", "tensorboard", "ignite"}
 pytestmark = [  # Lightning's, of tiny data and of torch 2.13, and ZeroRedundancyOptimizer's
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -23,7 +24,7 @@ pytestmark = [  # Lightning's, of tiny data and of torch 2.13, and ZeroRedundanc
     "path",
     [
         pytest.param(path, marks=[needs_recent_compiler] * (path.name == "functional.md"), id=path.name)
-        for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        for path in PAGES
     ],
 )
 def test_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,6 +42,6 @@ def test_blocks_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_links_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"

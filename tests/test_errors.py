@@ -120,8 +120,8 @@ def test_hand_off_of_step_sizes_in_the_state() -> None:
 
 
 def test_no_lr_to_start_from() -> None:
-    # Compiled code may have told the CPU to take such small numbers for 0.
-    with pytest.raises(ValueError, match=r"The largest initial lr is (1e-310|0.0); expected a finite number > 0"):
+    torch.set_flush_denormal(False)  # old compiled code sets it for the whole process
+    with pytest.raises(ValueError, match=r"The largest initial lr is 1e-310; expected a finite number > 0"):
         Updater(sgd(lr=1e-310))
     Updater(sgd(lr=np.float32(0.1)))
     with pytest.raises(ValueError, match=r"The largest initial lr is 0.0; expected a finite number > 0"):

@@ -59,7 +59,7 @@ class Idea:
         betas: β.
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
             the rest (``"head"``), or each ``"tensor"``.
-        held_out: the share of the training rows that are not trained on, and that h is measured on.
+        held_out: the share of the training rows that h is measured on, and that are not trained on meanwhile.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
         until: the share of the steps after which the scale stays, and all rows are trained on.
     """
@@ -229,8 +229,7 @@ class Tuner:
         scale = self.s.sum(-1)
         self.highest = max(self.highest, part)
         limit = self.scale if part < idea.settle * self.highest else self.limit
-        if (scale > limit).any():
-            self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
+        self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
         self.scale = torch.minimum(scale, limit)
         self.largest = torch.maximum(self.largest, self.scale)
         return self.scale

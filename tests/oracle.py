@@ -27,7 +27,7 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.mean = self.mean_square = 0.0  # of h, of late
+        self.mean = 0.0  # of h, of late
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
@@ -44,7 +44,7 @@ class Oracle:
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
         if self.steps in (1, 3, 9, 27, 81, 243, 729):
             self.delta = [0.0] * len(x)
-            self.mean = self.mean_square = 0.0
+            self.mean = 0.0
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
 
@@ -57,11 +57,7 @@ class Oracle:
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         self.mean += 0.1 * (h - self.mean)
-        self.mean_square += 0.1 * (h * h - self.mean_square)
-        drift = 0.0
-        if self.steps >= 243:  # before this one
-            width = 3 * math.sqrt(max(0.0, self.mean_square - self.mean**2))
-            drift = min(max(self.mean, -width), width)
+        drift = self.mean if self.steps >= 243 else 0.0  # before this step
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

@@ -16,8 +16,8 @@ and, under the rule ``manic`` only::
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, …  (9)  in `restarts`
-    r_t = max(0, β r_{t-1} - s_t b_t)                       (4') for (4), with b_t = h_t in the first T steps, and then
-    b_t = h_t - clip(d_t, ±c sqrt(q_t - d_t²))              (10) d, q: means of h and h² that decay by γ, 0 after (9)
+    r_t = max(0, β r_{t-1} - s_t b_t)                       (4') for (4); b_t = h_t in the first T steps, and then
+    b_t = h_t - d_t,  d_t = γ d_{t-1} + (1 - γ) h_t         (10) in `update`; after (9), d is 0
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -27,7 +27,7 @@ r       ``reward``       (..., n)   what betting s against h has earned
 m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
 d       ``drift``        (..., n)   decayed mean of h, the same for every β
-q       ``mean_square``  (..., n)   decayed mean of h², the same for every β
+b       bet              (..., n)   what is bet on
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -36,7 +36,7 @@ u       –                as x       the update: what a step of the base optimi
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
 f       factor           (...)      the schedule's factor: the learning rate over its initial value
 T       ``LEARNS``       number     how many steps the scale is looked for in
-c       ``TOLERATED``    number     how many standard deviations of h its mean may be away from 0 after that
+γ       ``MEMORY``       number     decay rate of d
 N       count            number     how many elements x has
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
@@ -69,10 +69,10 @@ What each rule does that the paper as printed does not:
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T = 243 steps no bet is made on a mean of h that lies within c = 3 of its standard deviations from 0 (10): on a
-    steady one in either direction the scale no longer moves. A net that can learn its rows by heart is downhill
-    almost all the time, however large the steps, and would have the scale grow without end; a noisy one is uphill at
-    the rate that is best for the steps to come. Single h's that stand out of the last ten still count in full.
+  - After T = 243 steps it bets on how h differs from its own recent mean (10). A net that can learn its rows by heart
+    is downhill nearly always, however long the steps are, and the scale would grow without end; a noisy one is uphill
+    at the rate that is best for the steps to come, and the scale would shrink. By then it is known well enough, and the
+    rest is the schedule's; but an h that stands out still counts, so that s falls where a loss turns upwards.
   - What is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -93,7 +93,6 @@ FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 243  # T
-TOLERATED = 3.0  # c
 MEMORY = 0.9  # γ
 
 
@@ -151,7 +150,7 @@ class TunerConfig:
 
 
 class TunerState(NamedTuple):
-    """What the tuner remembers: seven tensors of shape (..., n), see the module's table."""
+    """What the tuner remembers: six tensors of shape (..., n), see the module's table."""
 
     scales: Tensor
     reward: Tensor
@@ -159,7 +158,6 @@ class TunerState(NamedTuple):
     sum_squares: Tensor
     start: Tensor
     drift: Tensor
-    mean_square: Tensor
 
 
 class Sums(NamedTuple):
@@ -179,7 +177,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         tensor([0., 0.], dtype=torch.float64)
     """
     n = len(config.betas)
-    s, r, m, v, start, d, q = (torch.zeros(n, device=device, dtype=dtype) for _ in TunerState._fields)
+    s, r, m, v, start, d = (torch.zeros(n, device=device, dtype=dtype) for _ in TunerState._fields)
     start.fill_((config.s_init or 0) / n)
     if config.rule == "optax":
         s.copy_(start * n)
@@ -187,7 +185,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         s.copy_(start)
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, r, m, v, start, d, q)
+    return TunerState(s, r, m, v, start, d)
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
@@ -229,9 +227,8 @@ def is_settled(step: Any, config: TunerConfig) -> Any:
 
 
 def forget(state: TunerState, restarted: Tensor) -> TunerState:
-    """Set d and q to 0 where Δ restarts after the step: ``restarted`` is a bool tensor of shape (...)."""
-    kept = ~restarted.unsqueeze(-1)
-    return state._replace(drift=state.drift * kept, mean_square=state.mean_square * kept)
+    """Set d to 0 where Δ restarts after the step: ``restarted`` is a bool tensor of shape (...)."""
+    return state._replace(drift=state.drift * ~restarted.unsqueeze(-1))
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -263,14 +260,14 @@ def update(
     """One step of the tuner, equations (2) to (6) and (10). Pure: the arguments are not written.
 
     Args:
-        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, d_{t-1}, q_{t-1}, each of shape (..., n).
+        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, d_{t-1}, each of shape (..., n).
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
         settled: from `is_settled`; a tensor is of shape (...).
 
     Returns:
-        s_{t+1}, r_t, m_t, v_t, s_init / n, d_t, q_t.
+        s_{t+1}, r_t, m_t, v_t, s_init / n, d_t.
 
     Example:
         >>> config = TunerConfig(s_init=1e-6)
@@ -281,15 +278,12 @@ def update(
         >>> float(state.scales.sum()) > config.s_init
         True
     """
-    s, r, m, v, start, d, q = state
+    s, r, m, v, start, d = state
     h = h.to(s.dtype).unsqueeze(-1)
     bet = h
     if config.rule == "manic":
         d = MEMORY * d + (1 - MEMORY) * h
-        q = MEMORY * q + (1 - MEMORY) * h**2
-        tolerated = TOLERATED * (q - d**2).clamp(min=0).sqrt()
-        settled = torch.as_tensor(settled, device=h.device).unsqueeze(-1)
-        bet = torch.where(settled, h - torch.clamp(d, -tolerated, tolerated), h)  # (10)
+        bet = h - d * (settled.unsqueeze(-1) if isinstance(settled, Tensor) else settled)  # (10)
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
         bet = torch.clamp(bet, -bound, bound)
@@ -309,7 +303,7 @@ def update(
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    return TunerState(_capped(s, config), r, m, v, start, d, q)
+    return TunerState(_capped(s, config), r, m, v, start, d)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -61,7 +62,9 @@ class Idea:
             the rest (``"head"``), or each ``"tensor"``.
         held_out: the share of the training rows that h is measured on, and that are not trained on meanwhile.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
-        until: the share of the steps after which the scale stays, and all rows are trained on.
+        until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
+        learns: T, the steps after which bets are on how h differs from its mean.
+        width: the mean counts for at most so many standard deviations of h, if h is lost on average, and if it is won.
     """
 
     s_init: float | None = None
@@ -89,13 +92,16 @@ class Idea:
     held_out: float = 0.0
     every: int = 1
     until: float = 1.0
+    learns: float = tuner.LEARNS
+    width: tuple[float, float] = (math.inf, math.inf)
 
 
-DOUBLING = Idea(growth=2.0, rescaled=1.0)
+TRIPLING = Idea(learns=math.inf)
+DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
 HALF = replace(DOUBLING, rescaled=0.5)
-FADING = Idea(recentre="never", fade=3.0)
+FADING = replace(TRIPLING, recentre="never", fade=3.0)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -145,27 +151,35 @@ IDEAS = {
     "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
     "doubling, α = 0.25": replace(DOUBLING, rescaled=0.25),
     "doubling, α = 0": replace(DOUBLING, rescaled=0.0),
-    "**tripling, α = 0.5: the default**": Idea(),
-    "the default, λ = 0.005": Idea(s_decay=5e-3),
-    "the default, losses count half": Idea(losses=0.5),
-    "tripling, α = 0.25": Idea(rescaled=0.25),
-    "by a factor of 4, α = 0.5": Idea(growth=4.0),
-    "by a factor of 4, α = 0.25": Idea(growth=4.0, rescaled=0.25),
+    "tripling, α = 0.5": TRIPLING,
+    "tripling, α = 0.5, λ = 0.005": replace(TRIPLING, s_decay=5e-3),
+    "tripling, α = 0.5, losses count half": replace(TRIPLING, losses=0.5),
+    "tripling, α = 0.25": replace(TRIPLING, rescaled=0.25),
+    "by a factor of 4, α = 0.5": replace(TRIPLING, growth=4.0),
+    "by a factor of 4, α = 0.25": replace(TRIPLING, growth=4.0, rescaled=0.25),
     "Δ fades by t/(t + 3), α = 0.5": FADING,
     "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
-    "the default, no higher than since the move before": Idea(ceiling=1.0),
-    "the default, no higher than twice that": Idea(ceiling=2.0),
-    "the default, for half of the steps": Idea(until=0.5),
-    "the default, then every fourth step": Idea(every=4),
-    "the default, on 1/10 of the rows": Idea(held_out=0.1),
-    "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
-    "the default, on 1/5 of the rows": Idea(held_out=0.2),
-    "the default, on 1/5 of the rows, then every fourth step": Idea(held_out=0.2, every=4),
-    "…, for a third of the steps": Idea(held_out=0.2, every=4, until=1 / 3),
-    "…, for half of the steps": Idea(held_out=0.2, every=4, until=0.5),
-    "…, for two thirds of the steps": Idea(held_out=0.2, every=4, until=2 / 3),
-    "…, on 1/10 of the rows, for half of the steps": Idea(held_out=0.1, every=4, until=0.5),
+    "tripling, α = 0.5, no higher than since the move before": replace(TRIPLING, ceiling=1.0),
+    "tripling, α = 0.5, no higher than twice that": replace(TRIPLING, ceiling=2.0),
+    "tripling, α = 0.5, for half of the steps": replace(TRIPLING, until=0.5),
+    "tripling, α = 0.5, then every fourth step": replace(TRIPLING, every=4),
+    "tripling, α = 0.5, on 1/10 of the rows": replace(TRIPLING, held_out=0.1),
+    "tripling, α = 0.5, on 1/10 of the rows, then every fourth step": replace(TRIPLING, held_out=0.1, every=4),
+    "tripling, α = 0.5, on 1/5 of the rows": replace(TRIPLING, held_out=0.2),
+    "tripling, α = 0.5, on 1/5 of the rows, then every fourth step": replace(TRIPLING, held_out=0.2, every=4),
+    "…, for a third of the steps": replace(TRIPLING, held_out=0.2, every=4, until=1 / 3),
+    "…, for half of the steps": replace(TRIPLING, held_out=0.2, every=4, until=0.5),
+    "…, for two thirds of the steps": replace(TRIPLING, held_out=0.2, every=4, until=2 / 3),
+    "…, on 1/10 of the rows, for half of the steps": replace(TRIPLING, held_out=0.1, every=4, until=0.5),
+    "tripling, α = 0.5, until step 243": replace(TRIPLING, until=tuner.LEARNS),
+    "**the default: from then on h less its mean**": Idea(),
+    "the default, from step 81 on": Idea(learns=81),
+    "the default, from step 729 on": Idea(learns=729),
+    "the default, where the mean is won": Idea(width=(0.0, math.inf)),
+    "the default, a mean within one deviation": Idea(width=(1.0, 1.0)),
+    "the default, a mean within two": Idea(width=(2.0, 2.0)),
+    "the default, a mean within three": Idea(width=(3.0, 3.0)),
 }
 
 
@@ -187,6 +201,8 @@ class Tuner:
         self.scale = torch.zeros(len(SEEDS), int(self.group.max()) + 1, dtype=torch.float64)
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
+        self.mean = self.mean_square = torch.zeros_like(self.start)
+        self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
@@ -220,7 +236,7 @@ class Tuner:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
-        bet = torch.minimum(torch.maximum(h, -torch.as_tensor(bound)), torch.as_tensor(bound))
+        bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         bet = torch.where(bet > 0, idea.losses * bet, bet)
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
@@ -234,6 +250,17 @@ class Tuner:
         self.largest = torch.maximum(self.largest, self.scale)
         return self.scale
 
+    def bet(self, h: Tensor) -> Tensor:
+        """What is bet on, before it is clipped."""
+        self.mean = torch.lerp(h, self.mean, tuner.MEMORY)
+        self.mean_square = torch.lerp(h**2, self.mean_square, tuner.MEMORY)
+        self.count += 1
+        if self.count <= self.idea.learns:
+            return h
+        deviation = (self.mean_square - self.mean**2).clamp(min=0).sqrt()
+        lost, won = (torch.nan_to_num(width * deviation, nan=torch.inf) for width in self.idea.width)
+        return h - torch.minimum(torch.maximum(self.mean, -won), lost)
+
     def recentres(self, step: int) -> bool:
         """Whether x_ref moves after a step, counted from 1."""
         if self.idea.recentre == "never" or step < self.turn:
@@ -244,6 +271,7 @@ class Tuner:
         if self.idea.ceiling and step >= 81:
             self.limit = self.idea.ceiling * self.largest
         self.largest = torch.zeros_like(self.scale)
+        self.mean = self.mean_square = torch.zeros_like(self.start)
         kept = self.idea.kept
         self.r, self.m, self.v = kept * self.r, kept * self.m, kept**2 * self.v
         if self.idea.restart:
@@ -259,7 +287,8 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
-    share, until = ideas[0].held_out, round(ideas[0].until * steps)
+    share, until = ideas[0].held_out, ideas[0].until
+    until = until if isinstance(until, int) else round(until * steps)
     data, others = stack.batches(steps), None
     if share:
         first, others = (Stack(part, SEEDS).batches(until) for part in held_out(stack.task, share, 0))

@@ -27,7 +27,6 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.mean = 0.0  # of h, of late
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
@@ -44,7 +43,6 @@ class Oracle:
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
         if self.steps in (1, 3, 9, 27, 81, 243, 729):
             self.delta = [0.0] * len(x)
-            self.mean = 0.0
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
 
@@ -56,17 +54,13 @@ class Oracle:
             direction = [xi / (norm_x + self.eps) for xi in x]
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
-        self.mean += 0.1 * (h - self.mean)
-        drift = self.mean if self.steps >= 243 else 0.0  # before this step
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])
                 self.m[i] = max(beta * self.m[i], abs(h) + self.eps)
                 self.r[i] = beta * self.r[i] - self.s[i] * bet
             elif self.rule == "manic":
-                bet = h - drift
-                if self.m[i] > 0:
-                    bet = min(max(bet, -self.m[i]), self.m[i])
+                bet = min(max(h, -self.m[i]), self.m[i]) if self.m[i] > 0 else h
                 self.m[i] = max(beta * self.m[i], abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * bet)
             else:

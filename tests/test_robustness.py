@@ -151,10 +151,21 @@ def test_scores() -> None:
     (diverged,) = scores["mechanic-pytorch"]
     assert (diverged.gap, diverged.train_gap, diverged.regret, diverged.diverged) == (math.inf, 0, 1, (0,))
     assert scores["DoG"] == []  # not run
-    (half,), (whole,), (one,) = (list(scores[name]) for name in list(scores)[3:])
+    (tuned,), (half,), (whole,), (one,) = (list(scores[name]) for name in list(scores)[3:])
+    assert (tuned.gap, tuned.train_gap) == (0, 0)  # both seeds are best at the same rate
     assert (half.gap, half.train_gap) == pytest.approx((0.05, 0.05))
     assert (whole.gap, whole.train_gap) == pytest.approx((0.1, 0.1))
     assert (one.gap, one.train_gap) == pytest.approx((0, 0.1))  # the rate is chosen by validation loss
+
+
+def test_tuned_on_other_seeds() -> None:
+    found = invented()
+    for i in range(-8, 5):  # the second seed is best half a decade higher, where the first has 1.05
+        found[RUN._replace(lr=training.lr_of(i), seed=1)] = Losses(1 + 0.05 * abs(i + 1), 1 + 0.05 * abs(i))
+    (score,) = reports.scores_of(PLAN, [], found)["lr tuned on other seeds"]
+    assert score.gap == pytest.approx(1.05 / 1.025 - 1)
+    assert score.train_gap == 0
+    assert "lr tuned on other seeds" not in reports.scores_of(PLAN._replace(seeds=(0,)), [], found)
 
 
 def test_above_the_start_is_diverged() -> None:

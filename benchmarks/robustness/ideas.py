@@ -31,6 +31,7 @@ from manic.tuner import BETAS
 BASES = ("adamw", "sgd", "lion")
 CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new_digits")
 SEEDS, STEPS = [0, 1, 2], 500
+MEMORY = 0.9  # decay rate of the mean of h
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Idea:
         held_out: the share of the training rows that h is measured on, and that are not trained on meanwhile.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
-        learns: T, the steps after which bets are on how h differs from its mean.
-        width: the mean counts for at most so many standard deviations of h, if h is lost on average, and if it is won.
+        learns: after so many steps, bets are on how h differs from its mean since x_ref moved.
+        width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
     """
 
     s_init: float | None = None
@@ -92,16 +93,16 @@ class Idea:
     held_out: float = 0.0
     every: int = 1
     until: float = 1.0
-    learns: float = tuner.LEARNS
+    learns: float = math.inf
     width: tuple[float, float] = (math.inf, math.inf)
 
 
-TRIPLING = Idea(learns=math.inf)
-DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
+DOUBLING = Idea(growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
 HALF = replace(DOUBLING, rescaled=0.5)
-FADING = replace(TRIPLING, recentre="never", fade=3.0)
+FADING = Idea(recentre="never", fade=3.0)
+SETTLED = Idea(learns=243)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -151,35 +152,35 @@ IDEAS = {
     "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
     "doubling, α = 0.25": replace(DOUBLING, rescaled=0.25),
     "doubling, α = 0": replace(DOUBLING, rescaled=0.0),
-    "tripling, α = 0.5": TRIPLING,
-    "tripling, α = 0.5, λ = 0.005": replace(TRIPLING, s_decay=5e-3),
-    "tripling, α = 0.5, losses count half": replace(TRIPLING, losses=0.5),
-    "tripling, α = 0.25": replace(TRIPLING, rescaled=0.25),
-    "by a factor of 4, α = 0.5": replace(TRIPLING, growth=4.0),
-    "by a factor of 4, α = 0.25": replace(TRIPLING, growth=4.0, rescaled=0.25),
+    "**tripling, α = 0.5: the default**": Idea(),
+    "the default, λ = 0.005": Idea(s_decay=5e-3),
+    "the default, losses count half": Idea(losses=0.5),
+    "tripling, α = 0.25": Idea(rescaled=0.25),
+    "by a factor of 4, α = 0.5": Idea(growth=4.0),
+    "by a factor of 4, α = 0.25": Idea(growth=4.0, rescaled=0.25),
     "Δ fades by t/(t + 3), α = 0.5": FADING,
     "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
-    "tripling, α = 0.5, no higher than since the move before": replace(TRIPLING, ceiling=1.0),
-    "tripling, α = 0.5, no higher than twice that": replace(TRIPLING, ceiling=2.0),
-    "tripling, α = 0.5, for half of the steps": replace(TRIPLING, until=0.5),
-    "tripling, α = 0.5, then every fourth step": replace(TRIPLING, every=4),
-    "tripling, α = 0.5, on 1/10 of the rows": replace(TRIPLING, held_out=0.1),
-    "tripling, α = 0.5, on 1/10 of the rows, then every fourth step": replace(TRIPLING, held_out=0.1, every=4),
-    "tripling, α = 0.5, on 1/5 of the rows": replace(TRIPLING, held_out=0.2),
-    "tripling, α = 0.5, on 1/5 of the rows, then every fourth step": replace(TRIPLING, held_out=0.2, every=4),
-    "…, for a third of the steps": replace(TRIPLING, held_out=0.2, every=4, until=1 / 3),
-    "…, for half of the steps": replace(TRIPLING, held_out=0.2, every=4, until=0.5),
-    "…, for two thirds of the steps": replace(TRIPLING, held_out=0.2, every=4, until=2 / 3),
-    "…, on 1/10 of the rows, for half of the steps": replace(TRIPLING, held_out=0.1, every=4, until=0.5),
-    "tripling, α = 0.5, until step 243": replace(TRIPLING, until=tuner.LEARNS),
-    "**the default: from then on h less its mean**": Idea(),
-    "the default, from step 81 on": Idea(learns=81),
-    "the default, from step 729 on": Idea(learns=729),
-    "the default, where the mean is won": Idea(width=(0.0, math.inf)),
-    "the default, a mean within one deviation": Idea(width=(1.0, 1.0)),
-    "the default, a mean within two": Idea(width=(2.0, 2.0)),
-    "the default, a mean within three": Idea(width=(3.0, 3.0)),
+    "the default, no higher than since the move before": Idea(ceiling=1.0),
+    "the default, no higher than twice that": Idea(ceiling=2.0),
+    "the default, for half of the steps": Idea(until=0.5),
+    "the default, then every fourth step": Idea(every=4),
+    "the default, on 1/10 of the rows": Idea(held_out=0.1),
+    "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
+    "the default, on 1/5 of the rows": Idea(held_out=0.2),
+    "the default, on 1/5 of the rows, then every fourth step": Idea(held_out=0.2, every=4),
+    "…, for a third of the steps": Idea(held_out=0.2, every=4, until=1 / 3),
+    "…, for half of the steps": Idea(held_out=0.2, every=4, until=0.5),
+    "…, for two thirds of the steps": Idea(held_out=0.2, every=4, until=2 / 3),
+    "…, on 1/10 of the rows, for half of the steps": Idea(held_out=0.1, every=4, until=0.5),
+    "the default, for 243 steps": Idea(until=243),
+    "the default, then h less its mean": SETTLED,
+    "…, from step 81 on": replace(SETTLED, learns=81),
+    "…, from step 729 on": replace(SETTLED, learns=729),
+    "…, where the mean is won": replace(SETTLED, width=(0.0, math.inf)),
+    "…, a mean within one deviation": replace(SETTLED, width=(1.0, 1.0)),
+    "…, a mean within two": replace(SETTLED, width=(2.0, 2.0)),
+    "…, a mean within three": replace(SETTLED, width=(3.0, 3.0)),
 }
 
 
@@ -252,8 +253,8 @@ class Tuner:
 
     def bet(self, h: Tensor) -> Tensor:
         """What is bet on, before it is clipped."""
-        self.mean = torch.lerp(h, self.mean, tuner.MEMORY)
-        self.mean_square = torch.lerp(h**2, self.mean_square, tuner.MEMORY)
+        self.mean = torch.lerp(h, self.mean, MEMORY)
+        self.mean_square = torch.lerp(h**2, self.mean_square, MEMORY)
         self.count += 1
         if self.count <= self.idea.learns:
             return h

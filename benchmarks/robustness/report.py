@@ -70,7 +70,22 @@ class Pair:
 
     def score(self, method: str, lr: float) -> Score:
         """Of a method at the learning rate given; with method `BASE`, of the base optimizer."""
-        found = self._losses(method, lr)
+        return self._score(self._losses(method, lr))
+
+    def tuned_on_others(self) -> Score:
+        """The base optimizer, every seed at the rate that is best for the others; each loss has its own."""
+        by_lr = {lr: self._losses(BASE, lr) for lr in self.means}
+
+        def tuned(kind: int) -> Score:
+            def without(seed: int, lr: float) -> float:
+                return mean(losses[kind] for i, losses in enumerate(by_lr[lr]) if i != seed)
+
+            places = range(len(self.seeds))
+            return self._score([by_lr[min(by_lr, key=lambda lr, i=i: without(i, lr))][i] for i in places])
+
+        return tuned(0)._replace(train_gap=tuned(1).train_gap)
+
+    def _score(self, found: list[Losses]) -> Score:
         bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
         loss = _mean(found)
         gaps = [math.inf if any(seed[i] for seed in bad) else _gap(loss[i], self.oracle[i]) for i in (0, 1)]
@@ -121,6 +136,8 @@ def scores_of(plan: Plan, methods: Iterable[str], found: Found) -> dict[str, lis
         method: [pair.score(method, METHODS[method].lr) for pair in pairs if pair.has(method, METHODS[method].lr)]
         for method in methods
     }
+    if len(plan.seeds) > 1:
+        scores["lr tuned on other seeds"] = [pair.tuned_on_others() for pair in pairs]
     for name, half_decades in (("lr wrong by half a decade", 1), ("lr wrong by a decade", 2)):
         scores[name] = [score for pair in pairs if (score := pair.wrong_by(half_decades))]
     scores["one lr for all tasks"] = []

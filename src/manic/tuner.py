@@ -16,8 +16,6 @@ and, under the rule ``manic`` only::
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, …  (9)  in `restarts`
-    r_t = max(0, β r_{t-1} - s_t b_t)                       (4') for (4); b_t = h_t in the first T steps, and then
-    b_t = h_t - d_t,  d_t = γ d_{t-1} + (1 - γ) h_t         (10) in `update`; after (9), d is 0
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -26,8 +24,6 @@ s       ``scales``       (..., n)   one scale per β; their sum is the scale in 
 r       ``reward``       (..., n)   what betting s against h has earned
 m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
-d       ``drift``        (..., n)   decayed mean of h, the same for every β
-b       bet              (..., n)   what is bet on
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -35,8 +31,6 @@ s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
 f       factor           (...)      the schedule's factor: the learning rate over its initial value
-T       ``LEARNS``       number     how many steps the scale is looked for in
-γ       ``MEMORY``       number     decay rate of d
 N       count            number     how many elements x has
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
@@ -55,7 +49,7 @@ What each rule does that the paper as printed does not:
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
 - ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
   there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. Four more changes are each for a measured fault of the published rule (``docs/quality.md``):
+  rate or the loss is in. Three more changes are each for a measured fault of the published rule (``docs/quality.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
@@ -69,11 +63,7 @@ What each rule does that the paper as printed does not:
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T = 243 steps it bets on how h differs from its own recent mean (10). A net that can learn its rows by heart
-    is downhill nearly always, however long the steps are, and the scale would grow without end; a noisy one is uphill
-    at the rate that is best for the steps to come, and the scale would shrink. By then it is known well enough, and the
-    rest is the schedule's; but an h that stands out still counts, so that s falls where a loss turns upwards.
-  - What is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
+  - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
 from __future__ import annotations
@@ -92,8 +82,6 @@ SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
-LEARNS = 243  # T
-MEMORY = 0.9  # γ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +138,13 @@ class TunerConfig:
 
 
 class TunerState(NamedTuple):
-    """What the tuner remembers: six tensors of shape (..., n), see the module's table."""
+    """What the tuner remembers: five tensors of shape (..., n), see the module's table."""
 
     scales: Tensor
     reward: Tensor
     max_product: Tensor
     sum_squares: Tensor
     start: Tensor
-    drift: Tensor
 
 
 class Sums(NamedTuple):
@@ -177,15 +164,15 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         tensor([0., 0.], dtype=torch.float64)
     """
     n = len(config.betas)
-    s, r, m, v, start, d = (torch.zeros(n, device=device, dtype=dtype) for _ in TunerState._fields)
-    start.fill_((config.s_init or 0) / n)
+    zero = torch.zeros(n, device=device, dtype=dtype)
+    s, m, start = zero.clone(), zero.clone(), torch.full_like(zero, (config.s_init or 0) / n)
     if config.rule == "optax":
-        s.copy_(start * n)
+        s = start * n
     elif config.rule == "manic":
-        s.copy_(start)
+        s = start.clone()
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, r, m, v, start, d)
+    return TunerState(s, zero.clone(), m, zero, start)
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
@@ -221,16 +208,6 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     return config.rule == "manic" and 3**39 % step == 0
 
 
-def is_settled(step: Any, config: TunerConfig) -> Any:
-    """Whether (10) applies in a step, counted from 1; of a number, or element by element of an int64 tensor."""
-    return config.rule == "manic" and step > LEARNS
-
-
-def forget(state: TunerState, restarted: Tensor) -> TunerState:
-    """Set d to 0 where Δ restarts after the step: ``restarted`` is a bool tensor of shape (...)."""
-    return state._replace(drift=state.drift * ~restarted.unsqueeze(-1))
-
-
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     """h_t, equation (1), or (1').
 
@@ -254,20 +231,17 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     return sums.delta_grad + weight * sums.grad_square.sqrt() * sums.delta_param / norm_x
 
 
-def update(
-    state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, settled: bool | Tensor = False
-) -> TunerState:
-    """One step of the tuner, equations (2) to (6) and (10). Pure: the arguments are not written.
+def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """One step of the tuner, equations (2) to (6). Pure: the arguments are not written.
 
     Args:
-        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, d_{t-1}, each of shape (..., n).
+        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, each of shape (..., n).
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
-        settled: from `is_settled`; a tensor is of shape (...).
 
     Returns:
-        s_{t+1}, r_t, m_t, v_t, s_init / n, d_t.
+        s_{t+1}, r_t, m_t, v_t, s_init / n.
 
     Example:
         >>> config = TunerConfig(s_init=1e-6)
@@ -278,15 +252,12 @@ def update(
         >>> float(state.scales.sum()) > config.s_init
         True
     """
-    s, r, m, v, start, d = state
+    s, r, m, v, start = state
     h = h.to(s.dtype).unsqueeze(-1)
     bet = h
-    if config.rule == "manic":
-        d = MEMORY * d + (1 - MEMORY) * h
-        bet = h - d * (settled.unsqueeze(-1) if isinstance(settled, Tensor) else settled)  # (10)
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
-        bet = torch.clamp(bet, -bound, bound)
+        bet = torch.clamp(h, -bound, bound)
 
     if config.rule == "paper":
         m = torch.maximum(betas * m, h)  # (2)
@@ -295,7 +266,7 @@ def update(
     else:
         m = torch.maximum(betas * m, h.abs())  # (2)
     v = betas**2 * v + h**2  # (3)
-    r = betas * r - s * bet  # (4), (4'), but for the clamp, which optax leaves to (5)
+    r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
     if config.rule != "optax":
         r = r.clamp(min=0)  # (4)
     wealth = start * m + r.clamp(min=0)  # (5)
@@ -303,7 +274,7 @@ def update(
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    return TunerState(_capped(s, config), r, m, v, start, d)
+    return TunerState(_capped(s, config), r, m, v, start)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

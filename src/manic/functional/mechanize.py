@@ -20,7 +20,7 @@ class MechanizeState(NamedTuple):
     """What a mechanized stepper remembers.
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
-    parameters; ``tuner`` has six tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
+    parameters; ``tuner`` has five tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
     counts the steps that were not skipped.
     """
 
@@ -107,13 +107,12 @@ def mechanize(
         tentative, base = step(params, grads, state.base, config)
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
-        steps = state.steps + 1
-        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.is_settled(steps, constants))
+        tuned = tuner.update(state.tuner, h, state.betas, constants)
         if constants.s_init is None:
             tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)
-        restart = torch.as_tensor(tuner.restarts(steps, constants), device=scale.device)
-        tuned = tuner.forget(tuned, restart)
+        steps = state.steps + 1
+        restart = torch.as_tensor(tuner.restarts(steps, constants))
         old, new = constants.rescaled * scale, constants.rescaled * next_scale
         final = (1 - constants.rescaled) * next_scale
 

@@ -175,8 +175,8 @@ IDEAS = {
     "…, on 1/10 of the rows, for half of the steps": Idea(held_out=0.1, every=4, until=0.5),
     "the default, for 243 steps": Idea(until=243),
     "the default, then h less its mean": SETTLED,
-    "…, from step 81 on": replace(SETTLED, learns=81),
-    "…, from step 729 on": replace(SETTLED, learns=729),
+    "…, from step 81 on": Idea(learns=81),
+    "…, from step 729 on": Idea(learns=729),
     "…, where the mean is won": replace(SETTLED, width=(0.0, math.inf)),
     "…, a mean within one deviation": replace(SETTLED, width=(1.0, 1.0)),
     "…, a mean within two": replace(SETTLED, width=(2.0, 2.0)),
@@ -258,9 +258,9 @@ class Tuner:
         self.count += 1
         if self.count <= self.idea.learns:
             return h
-        deviation = (self.mean_square - self.mean**2).clamp(min=0).sqrt()
-        lost, won = (torch.nan_to_num(width * deviation, nan=torch.inf) for width in self.idea.width)
-        return h - torch.minimum(torch.maximum(self.mean, -won), lost)
+        deviation = (self.mean_square - self.mean**2).clamp(min=1e-300).sqrt()
+        lost, won = (width * deviation for width in self.idea.width)
+        return h - self.mean.clamp(-won, lost)
 
     def recentres(self, step: int) -> bool:
         """Whether x_ref moves after a step, counted from 1."""
@@ -289,7 +289,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
     share, until = ideas[0].held_out, ideas[0].until
-    until = until if isinstance(until, int) else round(until * steps)
+    until = round(until * steps if until <= 1 else until)
     data, others = stack.batches(steps), None
     if share:
         first, others = (Stack(part, SEEDS).batches(until) for part in held_out(stack.task, share, 0))

@@ -61,7 +61,7 @@ class Pair:
         self.starts = [found[Run(task, "", "", START, 0.0, 0, seed)] for seed in plan.seeds]
         tried = {run.lr for run in found if run._replace(lr=0.0, seed=0) == self.run}
         self.means = {lr: _mean(self._losses(BASE, lr)) for lr in sorted(tried) if self.has(BASE, lr)}
-        self.best_lr = Losses(*(min(self.means, key=lambda lr: self.means[lr][kind]) for kind in (0, 1)))
+        self.best_lr = _best_lr(self.means)
         self.oracle = Losses(*(self.means[lr][kind] for kind, lr in enumerate(self.best_lr)))
 
     def has(self, method: str, lr: float) -> bool:
@@ -74,16 +74,12 @@ class Pair:
 
     def tuned_on_others(self) -> Score:
         """The base optimizer, every seed at the rate that is best for the others; each loss has its own."""
-        by_lr = {lr: self._losses(BASE, lr) for lr in self.means}
-
-        def tuned(kind: int) -> Score:
-            def without(seed: int, lr: float) -> float:
-                return mean(losses[kind] for i, losses in enumerate(by_lr[lr]) if i != seed)
-
-            places = range(len(self.seeds))
-            return self._score([by_lr[min(by_lr, key=lambda lr, i=i: without(i, lr))][i] for i in places])
-
-        return tuned(0)._replace(train_gap=tuned(1).train_gap)
+        rows = {lr: self._losses(BASE, lr) for lr in self.means}
+        best = [
+            _best_lr({lr: _mean(row[:i] + row[i + 1 :]) for lr, row in rows.items()}) for i in range(len(self.seeds))
+        ]
+        valid, train = (self._score([rows[lr][i] for i, lr in enumerate(lrs)]) for lrs in zip(*best, strict=True))
+        return valid._replace(train_gap=train.train_gap)
 
     def _score(self, found: list[Losses]) -> Score:
         bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
@@ -117,6 +113,11 @@ class Pair:
 
 def _gap(loss: float, oracle: float) -> float:
     return max(loss, LEAST_LOSS) / max(oracle, LEAST_LOSS) - 1
+
+
+def _best_lr(means: Mapping[float, Losses]) -> Losses:
+    """The learning rate that is best for each of the losses."""
+    return Losses(*(min(means, key=lambda lr: means[lr][kind]) for kind in (0, 1)))
 
 
 def _mean(losses: Iterable[Losses]) -> Losses:

@@ -41,7 +41,7 @@ class Oracle:
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        if self.steps in (1, 3, 9, 27, 81, 243, 729):
+        if self.steps in (1, 3, 9, 27, 81, 243, 486, 729):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
@@ -54,6 +54,11 @@ class Oracle:
             direction = [xi / (norm_x + self.eps) for xi in x]
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
+        if self.rule == "manic" and self.steps >= 243:  # before this step
+            total = max(self.v)
+            self.v = [v + h**2 for v in self.v]
+            self.s = [s * math.sqrt(total / (total + h**2)) for s in self.s]
+            return
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

@@ -31,7 +31,6 @@ from manic.tuner import BETAS
 BASES = ("adamw", "sgd", "lion")
 CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new_digits")
 SEEDS, STEPS = [0, 1, 2], 500
-MEMORY = 0.9  # decay rate of the mean of h
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,13 @@ class Idea:
         held_out: the share of the training rows that h is measured on, and that are not trained on meanwhile.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
-        learns: after so many steps, bets are on how h differs from its mean since x_ref moved.
+        fall: it does not stay then, but falls as the number of steps to the power of minus this.
+        learns: T, the steps after which something else happens.
+        settles: (10) and (11); otherwise, bets are on how h differs from its mean since x_ref moved.
+        memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
+        period: the most steps between two moves of x_ref, if it is growing.
+        steady: after T, h is divided by the root of the number of updates in Δ, in units of what it was at T.
     """
 
     s_init: float | None = None
@@ -93,16 +97,23 @@ class Idea:
     held_out: float = 0.0
     every: int = 1
     until: float = 1.0
-    learns: float = math.inf
+    fall: float = 0.0
+    learns: float = tuner.LEARNS
+    settles: bool = True
+    memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
+    period: float = tuner.LEARNS
+    steady: bool = False
 
 
-DOUBLING = Idea(growth=2.0, rescaled=1.0)
+TRIPLING = Idea(learns=math.inf, period=math.inf)
+DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
 HALF = replace(DOUBLING, rescaled=0.5)
-FADING = Idea(recentre="never", fade=3.0)
-SETTLED = Idea(learns=243)
+FADING = replace(TRIPLING, recentre="never", fade=3.0)
+NO_BETS = replace(TRIPLING, learns=243, settles=False)
+LESS_MEAN = replace(NO_BETS, memory=0.9)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -152,35 +163,54 @@ IDEAS = {
     "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
     "doubling, α = 0.25": replace(DOUBLING, rescaled=0.25),
     "doubling, α = 0": replace(DOUBLING, rescaled=0.0),
-    "**tripling, α = 0.5: the default**": Idea(),
-    "the default, λ = 0.005": Idea(s_decay=5e-3),
-    "the default, losses count half": Idea(losses=0.5),
-    "tripling, α = 0.25": Idea(rescaled=0.25),
-    "by a factor of 4, α = 0.5": Idea(growth=4.0),
-    "by a factor of 4, α = 0.25": Idea(growth=4.0, rescaled=0.25),
-    "Δ fades by t/(t + 3), α = 0.5": FADING,
-    "Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
-    "Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
-    "the default, no higher than since the move before": Idea(ceiling=1.0),
-    "the default, no higher than twice that": Idea(ceiling=2.0),
-    "the default, for half of the steps": Idea(until=0.5),
-    "the default, then every fourth step": Idea(every=4),
-    "the default, on 1/10 of the rows": Idea(held_out=0.1),
-    "the default, on 1/10 of the rows, then every fourth step": Idea(held_out=0.1, every=4),
-    "the default, on 1/5 of the rows": Idea(held_out=0.2),
-    "the default, on 1/5 of the rows, then every fourth step": Idea(held_out=0.2, every=4),
-    "…, for a third of the steps": Idea(held_out=0.2, every=4, until=1 / 3),
-    "…, for half of the steps": Idea(held_out=0.2, every=4, until=0.5),
-    "…, for two thirds of the steps": Idea(held_out=0.2, every=4, until=2 / 3),
-    "…, on 1/10 of the rows, for half of the steps": Idea(held_out=0.1, every=4, until=0.5),
-    "the default, for 243 steps": Idea(until=243),
-    "the default, then h less its mean": SETTLED,
-    "…, from step 81 on": Idea(learns=81),
-    "…, from step 729 on": Idea(learns=729),
-    "…, where the mean is won": replace(SETTLED, width=(0.0, math.inf)),
-    "…, a mean within one deviation": replace(SETTLED, width=(1.0, 1.0)),
-    "…, a mean within two": replace(SETTLED, width=(2.0, 2.0)),
-    "…, a mean within three": replace(SETTLED, width=(3.0, 3.0)),
+    "tripling, α = 0.5": TRIPLING,
+    "…, λ = 0.005": replace(TRIPLING, s_decay=5e-3),
+    "tripling, α = 0.5, losses count half": replace(TRIPLING, losses=0.5),
+    "…, α = 0.25": replace(TRIPLING, rescaled=0.25),
+    "by a factor of 4, α = 0.5": replace(TRIPLING, growth=4.0),
+    "by a factor of 4, α = 0.25": replace(TRIPLING, growth=4.0, rescaled=0.25),
+    "…, Δ fades by t/(t + 3)": FADING,
+    "…, Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
+    "…, Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
+    "…, no higher than since the move before": replace(TRIPLING, ceiling=1.0),
+    "…, no higher than twice that": replace(TRIPLING, ceiling=2.0),
+    "…, every fourth step": replace(TRIPLING, every=4),
+    "…, for half of the steps": replace(TRIPLING, until=0.5),
+    "…, on 1/10 of the rows": replace(TRIPLING, held_out=0.1),
+    "…, on 1/10 of the rows, every fourth step": replace(TRIPLING, held_out=0.1, every=4),
+    "…, on 1/10 of the rows, every fourth step, for half of the steps": replace(
+        TRIPLING, held_out=0.1, every=4, until=0.5
+    ),
+    "…, on 1/5 of the rows": replace(TRIPLING, held_out=0.2),
+    "…, on 1/5 of the rows, every fourth step": replace(TRIPLING, held_out=0.2, every=4),
+    "…, on 1/5 of the rows, every fourth step, for a third of the steps": replace(
+        TRIPLING, held_out=0.2, every=4, until=1 / 3
+    ),
+    "…, on 1/5 of the rows, every fourth step, for half of the steps": replace(
+        TRIPLING, held_out=0.2, every=4, until=0.5
+    ),
+    "…, on 1/5 of the rows, every fourth step, for two thirds of the steps": replace(
+        TRIPLING, held_out=0.2, every=4, until=2 / 3
+    ),
+    "…, for 243 steps": replace(TRIPLING, until=243),
+    "…, for 243 steps, then it falls as 1/√t": replace(TRIPLING, until=243, fall=0.5),
+    "…, for 243 steps, then h less its mean": LESS_MEAN,
+    "…, for 81 steps, then h less its mean": replace(LESS_MEAN, learns=81),
+    "…, for 729 steps, then h less its mean": replace(LESS_MEAN, learns=729),
+    "…, for 243 steps, then h less its mean where that is won": replace(LESS_MEAN, width=(0.0, math.inf)),
+    "…, for 243 steps, then h less its mean within one deviation": replace(LESS_MEAN, width=(1.0, 1.0)),
+    "…, for 243 steps, then h less its mean within two": replace(LESS_MEAN, width=(2.0, 2.0)),
+    "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
+    "…, for 243 steps, then bets of 0": NO_BETS,
+    "…, for 243 steps, then bets of 0, a steady h": replace(NO_BETS, steady=True),
+    "…, for 243 steps, then bets of 0, Δ anew every 243": replace(NO_BETS, period=243),
+    "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
+    "**…, for 243 steps, then as 1/√v, Δ anew every 243: the default**": Idea(),
+    "the default, 81 for 243": Idea(learns=81, period=81),
+    "the default, 729 for 243": Idea(learns=729, period=729),
+    "the default, Δ anew every 81": Idea(period=81),
+    "the default, h less its mean": Idea(settles=False, memory=0.9),
+    "the default, with bets": Idea(learns=math.inf),
 }
 
 
@@ -203,7 +233,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
         self.mean = self.mean_square = torch.zeros_like(self.start)
-        self.count = 0
+        self.count = self.updates = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
@@ -224,6 +254,8 @@ class Tuner:
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
+        if idea.steady and self.count >= idea.learns:
+            h = h * math.sqrt((idea.learns - idea.learns // idea.growth) / max(1, self.updates))
         if not self.highest:
             if idea.s_init is None:
                 ones = torch.ones_like(x)
@@ -236,6 +268,11 @@ class Tuner:
     def update(self, h: Tensor, part: float) -> Tensor:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
+        if idea.settles and self.count >= idea.learns:
+            total, self.v = self.v[..., -1:], self.v + h**2
+            self.s = self.s * (total / self.v[..., -1:]).sqrt()
+            self.scale = self.s.sum(-1)
+            return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         bet = torch.where(bet > 0, idea.losses * bet, bet)
@@ -253,9 +290,10 @@ class Tuner:
 
     def bet(self, h: Tensor) -> Tensor:
         """What is bet on, before it is clipped."""
-        self.mean = torch.lerp(h, self.mean, MEMORY)
-        self.mean_square = torch.lerp(h**2, self.mean_square, MEMORY)
+        self.mean = torch.lerp(h, self.mean, self.idea.memory)
+        self.mean_square = torch.lerp(h**2, self.mean_square, self.idea.memory)
         self.count += 1
+        self.updates += 1
         if self.count <= self.idea.learns:
             return h
         deviation = (self.mean_square - self.mean**2).clamp(min=1e-300).sqrt()
@@ -266,9 +304,10 @@ class Tuner:
         """Whether x_ref moves after a step, counted from 1."""
         if self.idea.recentre == "never" or step < self.turn:
             return False
+        self.updates = 0
         self.turn = step + self.idea.first
         if self.idea.recentre == "growing":
-            self.turn = max(step + 1, round(step * self.idea.growth))
+            self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period)
         if self.idea.ceiling and step >= 81:
             self.limit = self.idea.ceiling * self.largest
         self.largest = torch.zeros_like(self.scale)
@@ -305,6 +344,9 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
         for i, one in enumerate(tuners):
             before = scale = one.spread(one.scale).to(x.dtype)
             late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
+            if step >= until:
+                one.scale = one.scale * (step / (step + 1)) ** one.idea.fall
+                scale = one.spread(one.scale).to(x.dtype)
             if tuned[i]:
                 scale = one.step(delta[:, i] - sum(late), tuned_on[:, i], x[:, i], u[:, i], part).to(x.dtype)
             if one.idea.delay:

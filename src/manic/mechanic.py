@@ -151,8 +151,11 @@ class Mechanic:
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
+        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
+        taken = self.updater._taken if _is_captured(scale) else self.updater._steps
+        learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config)
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -163,9 +166,6 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
-        taken = self.updater._taken if _is_captured(scale) else self.updater._steps
-        restart = tuner.restarts(taken + 1, config)
         # A first update may be zero, in a warmup say: one is looked for after steps 1, 2, 4, 8, …
         looks = config.s_init is None and not isinstance(taken, Tensor) and taken & (taken + 1) == 0
         begin = partial(self._begin, config) if looks else None
@@ -266,11 +266,11 @@ def _is_captured(scale: Tensor) -> bool:
 
 
 def _tune(
-    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig
+    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, learning: bool | Tensor
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config)
+    after = tuner.update(state, h, betas, config, learning)
     after = TunerState(*(torch.where(finite, new, old) for new, old in zip(after, state, strict=True)))
     return h, finite, after, after.scales.sum()

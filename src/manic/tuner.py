@@ -15,7 +15,9 @@ and, under the rule ``manic`` only::
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, …  (9)  in `restarts`
+    Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, 81, T, 2T, 3T, …    (9)  in `restarts`
+    v_t = v_{t-1} + h_t²    in steps t > T                  (10) for (2) to (6); `is_learning`
+    s_{t+1} = s_t sqrt(v_{t-1,n} / v_{t,n})                 (11)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -32,6 +34,7 @@ u       –                as x       the update: what a step of the base optimi
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
 f       factor           (...)      the schedule's factor: the learning rate over its initial value
 N       count            number     how many elements x has
+T       ``LEARNS``       number     the steps that the tuner learns for
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -49,13 +52,14 @@ What each rule does that the paper as printed does not:
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
 - ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
   there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. Three more changes are each for a measured fault of the published rule (``docs/quality.md``):
+  rate or the loss is in. Five more changes are each for a measured fault of the published rule (``docs/quality.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The displacement starts again from zero whenever the number of steps has tripled (9); the tuner goes on. Summed
+  - The displacement starts again from zero whenever the number of steps has tripled (9), and from T on every T steps;
+    the tuner goes on. Summed
     from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is long after
     steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the steps from
     there on were too short.
@@ -63,6 +67,11 @@ What each rule does that the paper as printed does not:
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
+  - After T = 243 steps there are no bets any more, (10) and (11). The scale has found its order of magnitude, and what
+    h goes on to say is less about the rate than about the data: a net that learns its rows by heart is told to go
+    faster at every step, and a noisy one to go slower. From there on the scale falls as the sum of h² (v of the longest
+    memory) grows, like the rate of AdaGrad-Norm (Ward, Wu and Bottou 2019): as 1/√t while h is of one size, and more if
+    a warmup goes on, or the loss explodes.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -82,6 +91,7 @@ SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
+LEARNS = 3**5  # T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +212,15 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     """Whether (9) applies after a step, counted from 1; of a number, or element by element of an int64 tensor.
 
     Example:
-        >>> [step for step in range(1, 100) if restarts(step, TunerConfig())]
-        [1, 3, 9, 27, 81]
+        >>> [step for step in range(1, 1000) if restarts(step, TunerConfig())]
+        [1, 3, 9, 27, 81, 243, 486, 729, 972]
     """
-    return config.rule == "manic" and 3**39 % step == 0
+    return config.rule == "manic" and (LEARNS % step == 0) | (step % LEARNS == 0)
+
+
+def is_learning(step: Any, config: TunerConfig) -> Any:
+    """Whether the tuner bets in a step, (4), or not any more, (10); of a number or a tensor, as for `restarts`."""
+    return config.rule != "manic" or step <= LEARNS
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -231,14 +246,17 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     return sums.delta_grad + weight * sums.grad_square.sqrt() * sums.delta_param / norm_x
 
 
-def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
-    """One step of the tuner, equations (2) to (6). Pure: the arguments are not written.
+def update(
+    state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, learning: bool | Tensor = True
+) -> TunerState:
+    """One step of the tuner, equations (2) to (6), or (10) and (11). Pure: the arguments are not written.
 
     Args:
         state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, each of shape (..., n).
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
+        learning: from `is_learning`; a tensor is of shape (...).
 
     Returns:
         s_{t+1}, r_t, m_t, v_t, s_init / n.
@@ -252,8 +270,16 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> 
         >>> float(state.scales.sum()) > config.s_init
         True
     """
+    h = h.to(state.scales.dtype).unsqueeze(-1)
+    if not isinstance(learning, Tensor):
+        return _bet(state, h, betas, config) if learning else _settle(state, h)
+    both = zip(_bet(state, h, betas, config), _settle(state, h), strict=True)
+    return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
+
+
+def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """(2) to (6)."""
     s, r, m, v, start = state
-    h = h.to(s.dtype).unsqueeze(-1)
     bet = h
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
@@ -275,6 +301,14 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> 
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
     return TunerState(_capped(s, config), r, m, v, start)
+
+
+def _settle(state: TunerState, h: Tensor) -> TunerState:
+    """(10) and (11)."""
+    v = state.sum_squares + h**2  # (10)
+    before, after = state.sum_squares.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
+    fall = torch.where(before > 0, before / after, 1).sqrt()
+    return state._replace(scales=state.scales * fall, sum_squares=v)  # (11)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

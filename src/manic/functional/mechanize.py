@@ -107,11 +107,11 @@ def mechanize(
         tentative, base = step(params, grads, state.base, config)
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
-        tuned = tuner.update(state.tuner, h, state.betas, constants)
+        steps = state.steps + 1
+        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.is_learning(steps, constants))
         if constants.s_init is None:
             tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)
-        steps = state.steps + 1
         restart = torch.as_tensor(tuner.restarts(steps, constants))
         old, new = constants.rescaled * scale, constants.rescaled * next_scale
         final = (1 - constants.rescaled) * next_scale

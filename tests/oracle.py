@@ -41,7 +41,7 @@ class Oracle:
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        if self.steps in (1, 3, 9, 27, 81, 243, 486, 729):
+        if self.steps in (1, 3, 9, 27, 81, 243, 729, 1458):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]

@@ -72,18 +72,25 @@ def test_a_warmup_moves_less(first: float) -> None:
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_the_displacement_restarts_when_the_number_of_steps_has_tripled_and_every_243_steps(store_delta: bool) -> None:
+def test_the_displacement_restarts_when_the_number_of_steps_has_tripled(store_delta: bool) -> None:
     model = make_net()
     updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0), store_delta=store_delta)
     mechanic = Mechanic(updater)
     restarted_at = []
-    for step in range(1, 500):
+    for step in range(1, 300):
         backward(model, step)
         mechanic.step()
         updater.step()
         if torch.equal(updater.displacement.slots[model.out.weight].reference, model.out.weight.detach().reshape(-1)):
             restarted_at.append(step)
-    assert restarted_at == [1, 3, 9, 27, 81, 243, 486]
+    assert restarted_at == [1, 3, 9, 27, 81, 243]
+
+
+def test_and_every_729_steps() -> None:
+    config = tuner.TunerConfig()
+    assert [step for step in range(244, 3000) if tuner.restarts(step, config)] == [729, 1458, 2187, 2916]
+    steps = torch.arange(244, 3000)
+    assert (steps[tuner.restarts(steps, config)] == torch.tensor([729, 1458, 2187, 2916])).all()
 
 
 def test_a_skipped_step_does_not_count() -> None:

@@ -102,7 +102,7 @@ class Idea:
     settles: bool = True
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
-    period: float = tuner.LEARNS
+    period: float = 3 * tuner.LEARNS
     steady: bool = False
 
 
@@ -203,12 +203,12 @@ IDEAS = {
     "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
     "…, for 243 steps, then bets of 0": NO_BETS,
     "…, for 243 steps, then bets of 0, a steady h": replace(NO_BETS, steady=True),
-    "…, for 243 steps, then bets of 0, Δ anew every 243": replace(NO_BETS, period=243),
     "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
-    "**…, for 243 steps, then as 1/√v, Δ anew every 243: the default**": Idea(),
-    "the default, 81 for 243": Idea(learns=81, period=81),
-    "the default, 729 for 243": Idea(learns=729, period=729),
-    "the default, Δ anew every 81": Idea(period=81),
+    "**…, for 243 steps, then as 1/√v, Δ anew every 729: the default**": Idea(),
+    "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
+    "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
+    "the default, Δ anew every 486": Idea(period=486),
+    "the default, Δ anew every 243": Idea(period=243),
     "the default, h less its mean": Idea(settles=False, memory=0.9),
     "the default, with bets": Idea(learns=math.inf),
 }

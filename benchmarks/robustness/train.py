@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.lr_scheduler import LambdaLR
 
-from manic import Mechanic, Updater
+from manic import Mechanic, Updater, tuner
 
 START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
-UNTIL = 0.5  # for this share of the steps; then the base optimizer goes on alone, with all rows
 WIDENINGS = 4  # at most, of a grid by two rates
 
 
@@ -233,7 +232,7 @@ def trained(run: Run) -> nn.Module:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    until = round(UNTIL * run.steps) if run.method == HELD_OUT else 0
+    until = min(tuner.LEARNS, run.steps // 2) if run.method == HELD_OUT else 0
     if until:
         mechanic, updater = steppers
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
@@ -244,7 +243,6 @@ def trained(run: Run) -> nn.Module:
             backward(*rows)
             mechanic.step(tune=False)
             updater.step()
-        steppers = mechanic.hand_off()
     for rows in batches(task, run.seed, run.steps - until):
         backward(*rows)
         for stepper in steppers:

@@ -15,9 +15,9 @@ and, under the rule ``manic`` only::
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after steps t = 1, 3, 9, 27, 81, T, 2T, 3T, …    (9)  in `restarts`
-    v_t = v_{t-1} + h_t²    in steps t > T                  (10) for (2) to (6); `is_learning`
-    s_{t+1} = s_t sqrt(v_{t-1,n} / v_{t,n})                 (11)
+    Δ_{t+1} ← 0             after t = 1, 3, 9, …, 3T, 6T, … (9)  in `restarts`
+    v_t     = v_{t-1} + h_t²                                (10) and (11) for (2) to (6) if t > T
+    s_{t+1} = s_t sqrt(max_i v_{t-1,i} / max_i v_{t,i})     (11)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -58,20 +58,19 @@ What each rule does that the paper as printed does not:
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The displacement starts again from zero whenever the number of steps has tripled (9), and from T on every T steps;
-    the tuner goes on. Summed
-    from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is long after
-    steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the steps from
-    there on were too short.
+  - The displacement starts again from zero whenever the number of steps has tripled, or 3T steps have passed (9); the
+    tuner goes on. Summed from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill,
+    which it is long after steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says
+    that the steps from there on were too short.
   - When the scale changes, half of what the updates since then would have done at the new scale is made up for (7').
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T = 243 steps there are no bets any more, (10) and (11). The scale has found its order of magnitude, and what
-    h goes on to say is less about the rate than about the data: a net that learns its rows by heart is told to go
-    faster at every step, and a noisy one to go slower. From there on the scale falls as the sum of h² (v of the longest
-    memory) grows, like the rate of AdaGrad-Norm (Ward, Wu and Bottou 2019): as 1/√t while h is of one size, and more if
-    a warmup goes on, or the loss explodes.
+  - After T = 243 steps there are no more bets, (10) and (11). By then s has found its order of magnitude, and what h
+    goes on to say is less about the rate than about the data: a net that learns its rows by heart is told to go faster
+    at every step, and a noisy one to go slower. From there on s falls as the sum of h² grows (v of the longest memory),
+    like the rate of AdaGrad-Norm (Ward, Wu and Bottou 2019): as 1/√t while h is of one size, and more if a warmup goes
+    on or the loss explodes.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -213,13 +212,14 @@ def restarts(step: Any, config: TunerConfig) -> Any:
 
     Example:
         >>> [step for step in range(1, 1000) if restarts(step, TunerConfig())]
-        [1, 3, 9, 27, 81, 243, 486, 729, 972]
+        [1, 3, 9, 27, 81, 243, 729]
     """
-    return config.rule == "manic" and (LEARNS % step == 0) | (step % LEARNS == 0)
+    longest = 3 * LEARNS
+    return config.rule == "manic" and (longest % step == 0) | (step % longest == 0)
 
 
 def is_learning(step: Any, config: TunerConfig) -> Any:
-    """Whether the tuner bets in a step, (4), or not any more, (10); of a number or a tensor, as for `restarts`."""
+    """Whether a step, counted from 1, has bets, (2) to (6), or not, (10) and (11); types as for `restarts`."""
     return config.rule != "manic" or step <= LEARNS
 
 
@@ -249,7 +249,7 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
 def update(
     state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, learning: bool | Tensor = True
 ) -> TunerState:
-    """One step of the tuner, equations (2) to (6), or (10) and (11). Pure: the arguments are not written.
+    """One step of the tuner, equations (2) to (6), or (10) and (11) after T. Pure: the arguments are not written.
 
     Args:
         state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, each of shape (..., n).

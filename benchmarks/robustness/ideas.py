@@ -69,7 +69,6 @@ class Idea:
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
-        steady: after T, h is divided by the root of the number of updates in Δ, in units of what it was at T.
     """
 
     s_init: float | None = None
@@ -103,7 +102,6 @@ class Idea:
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
     period: float = 3 * tuner.LEARNS
-    steady: bool = False
 
 
 TRIPLING = Idea(learns=math.inf, period=math.inf)
@@ -163,12 +161,12 @@ IDEAS = {
     "doubling, α = 0.5, losses count 0.8": replace(HALF, losses=0.8),
     "doubling, α = 0.25": replace(DOUBLING, rescaled=0.25),
     "doubling, α = 0": replace(DOUBLING, rescaled=0.0),
-    "tripling, α = 0.5": TRIPLING,
-    "…, λ = 0.005": replace(TRIPLING, s_decay=5e-3),
     "tripling, α = 0.5, losses count half": replace(TRIPLING, losses=0.5),
-    "…, α = 0.25": replace(TRIPLING, rescaled=0.25),
     "by a factor of 4, α = 0.5": replace(TRIPLING, growth=4.0),
     "by a factor of 4, α = 0.25": replace(TRIPLING, growth=4.0, rescaled=0.25),
+    "tripling, α = 0.5": TRIPLING,
+    "…, λ = 0.005": replace(TRIPLING, s_decay=5e-3),
+    "…, α = 0.25": replace(TRIPLING, rescaled=0.25),
     "…, Δ fades by t/(t + 3)": FADING,
     "…, Δ fades by t/(t + 3), α = 0.25": replace(FADING, rescaled=0.25),
     "…, Δ fades by t/(t + 1), α = 0.25": replace(FADING, fade=1.0, rescaled=0.25),
@@ -202,12 +200,10 @@ IDEAS = {
     "…, for 243 steps, then h less its mean within two": replace(LESS_MEAN, width=(2.0, 2.0)),
     "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
     "…, for 243 steps, then bets of 0": NO_BETS,
-    "…, for 243 steps, then bets of 0, a steady h": replace(NO_BETS, steady=True),
     "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
     "**…, for 243 steps, then as 1/√v, Δ anew every 729: the default**": Idea(),
     "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
     "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
-    "the default, Δ anew every 486": Idea(period=486),
     "the default, Δ anew every 243": Idea(period=243),
     "the default, h less its mean": Idea(settles=False, memory=0.9),
     "the default, with bets": Idea(learns=math.inf),
@@ -233,7 +229,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
         self.mean = self.mean_square = torch.zeros_like(self.start)
-        self.count = self.updates = 0
+        self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
@@ -254,8 +250,6 @@ class Tuner:
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
-        if idea.steady and self.count >= idea.learns:
-            h = h * math.sqrt((idea.learns - idea.learns // idea.growth) / max(1, self.updates))
         if not self.highest:
             if idea.s_init is None:
                 ones = torch.ones_like(x)
@@ -293,7 +287,6 @@ class Tuner:
         self.mean = torch.lerp(h, self.mean, self.idea.memory)
         self.mean_square = torch.lerp(h**2, self.mean_square, self.idea.memory)
         self.count += 1
-        self.updates += 1
         if self.count <= self.idea.learns:
             return h
         deviation = (self.mean_square - self.mean**2).clamp(min=1e-300).sqrt()
@@ -304,7 +297,6 @@ class Tuner:
         """Whether x_ref moves after a step, counted from 1."""
         if self.idea.recentre == "never" or step < self.turn:
             return False
-        self.updates = 0
         self.turn = step + self.idea.first
         if self.idea.recentre == "growing":
             self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period)

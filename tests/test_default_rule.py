@@ -147,6 +147,20 @@ def test_after_243_steps_the_scale_only_falls() -> None:
     assert scales[-1] / scales[242] == pytest.approx(0.5, rel=0.01)
 
 
+def test_models_at_different_steps_are_tuned_in_one_call() -> None:
+    config = tuner.TunerConfig(s_init=1.0)
+    betas = torch.tensor(config.betas, dtype=torch.float64)
+    state = tuner.update(tuner.init(config), torch.tensor(-1.0), betas, config)
+    apart = [
+        tuner.update(state, torch.tensor(h), betas, config, learning) for h, learning in ((-2.0, True), (3.0, False))
+    ]
+    both = tuner.TunerState(*(torch.stack([tensor, tensor]) for tensor in state))
+    together = tuner.update(both, torch.tensor([-2.0, 3.0]), betas, config, torch.tensor([True, False]))
+    assert apart[0].scales.sum() > state.scales.sum() > apart[1].scales.sum()
+    for one, pair in zip(zip(*apart, strict=True), together, strict=True):
+        assert torch.equal(torch.stack(one), pair)
+
+
 def test_a_loss_that_explodes_after_243_steps_takes_the_scale_down() -> None:
     steady, exploding = (scales_of(300, lambda step, high=high: -high if step > 250 else -1.0) for high in (1.0, 100.0))
     assert steady[:250] == exploding[:250]

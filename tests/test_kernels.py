@@ -241,9 +241,9 @@ def test_the_tuner_in_one_launch() -> None:
     state = init(config)
     for h in (0.1, -0.2, -0.3):
         state = update(state, torch.tensor(h, dtype=torch.float64), betas, config)
-    for h in (0.3, torch.nan):
+    for h, learning in ((0.3, True), (torch.nan, True), (0.3, False), (0.3, torch.tensor(False))):
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config)
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         for a, b in zip(got[2], want[2], strict=True):

@@ -101,7 +101,7 @@ class Idea:
     settles: bool = True
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
-    period: float = 3 * tuner.LEARNS
+    period: float = tuner.LONGEST
 
 
 TRIPLING = Idea(learns=math.inf, period=math.inf)
@@ -336,11 +336,11 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
         for i, one in enumerate(tuners):
             before = scale = one.spread(one.scale).to(x.dtype)
             late = recent[i][len(recent[i]) - int(one.idea.delay * len(recent[i])) :]
-            if step >= until:
-                one.scale = one.scale * (step / (step + 1)) ** one.idea.fall
-                scale = one.spread(one.scale).to(x.dtype)
             if tuned[i]:
                 scale = one.step(delta[:, i] - sum(late), tuned_on[:, i], x[:, i], u[:, i], part).to(x.dtype)
+            elif step >= until and one.idea.fall:
+                one.scale = one.scale * (step / (step + 1)) ** one.idea.fall
+                scale = one.spread(one.scale).to(x.dtype)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
             reference[:, i] += (1 - one.idea.rescaled) * (before - scale) * delta[:, i]

@@ -91,6 +91,7 @@ FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T
+LONGEST = 3 * LEARNS  # steps that Δ sums up, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +215,7 @@ def restarts(step: Any, config: TunerConfig) -> Any:
         >>> [step for step in range(1, 1000) if restarts(step, TunerConfig())]
         [1, 3, 9, 27, 81, 243, 729]
     """
-    longest = 3 * LEARNS
-    return config.rule == "manic" and (longest % step == 0) | (step % longest == 0)
+    return config.rule == "manic" and (LONGEST % step == 0) | (step % LONGEST == 0)
 
 
 def is_learning(step: Any, config: TunerConfig) -> Any:

@@ -4,7 +4,7 @@ Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lio
 says how far the final validation loss is above that of the best rate of the grid. See docs/quality.md.
 
     python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
-                                          [--smaller N] [--steps N] [--out FOLDER]
+                                          [--seeds N] [--smaller N] [--steps N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ class Idea:
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
+        power: of the sums of h² in (11).
+        noise: half of the square of the difference from the h before takes the place of h² in (10).
+        shared: the schedule's decay since its highest factor counts as a part of the fall of (11).
     """
 
     s_init: float | None = None
@@ -102,6 +105,9 @@ class Idea:
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
     period: float = tuner.LONGEST
+    power: float = 0.5
+    noise: bool = False
+    shared: bool = False
 
 
 TRIPLING = Idea(learns=math.inf, period=math.inf)
@@ -205,6 +211,11 @@ IDEAS = {
     "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
     "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
     "the default, Δ anew every 243": Idea(period=243),
+    "the default, the schedule's decay counted": Idea(shared=True),
+    "the default, as 1/∛v": Idea(power=1 / 3),
+    "the default, as 1/∛v, the schedule's decay counted": Idea(power=1 / 3, shared=True),
+    "the default, the noise of h": Idea(noise=True),
+    "the default, the noise of h, Δ anew every 243": Idea(noise=True, period=243),
     "the default, h less its mean": Idea(settles=False, memory=0.9),
     "the default, with bets": Idea(learns=math.inf),
 }
@@ -225,10 +236,12 @@ class Tuner:
                 for i, (name, shape) in enumerate(stack.shapes.items())
             ]
         )
-        self.scale = torch.zeros(len(SEEDS), int(self.group.max()) + 1, dtype=torch.float64)
+        self.scale = torch.zeros(len(stack.seeds), int(self.group.max()) + 1, dtype=torch.float64)
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
-        self.s = self.r = self.m = self.v = self.scale.new_zeros(*self.scale.shape, self.n)
-        self.mean = self.mean_square = torch.zeros_like(self.start)
+        self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
+        self.s = self.r = self.m = self.v
+        self.mean = self.mean_square = self.late = torch.zeros_like(self.start)
+        self.before = torch.zeros_like(self.start)
         self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -263,10 +276,16 @@ class Tuner:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
         if idea.settles and self.count >= idea.learns:
-            total, self.v = self.v[..., -1:], self.v + h**2
-            self.s = self.s * (total / self.v[..., -1:]).sqrt()
-            self.scale = self.s.sum(-1)
+            self.late = self.late + ((h - self.before) ** 2 / 2 if idea.noise else h**2)
+            self.before = h
+            self.highest = max(self.highest, part)
+            total = self.v[..., -1:]
+            fall = (total / (total + self.late)) ** idea.power
+            if idea.shared:
+                fall = (fall * self.highest / max(part, 1e-9)).clamp(max=1)
+            self.scale = (fall * self.s).sum(-1)
             return self.scale
+        self.before = h
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         bet = torch.where(bet > 0, idea.losses * bet, bet)
@@ -323,7 +342,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
     until = round(until * steps if until <= 1 else until)
     data, others = stack.batches(steps), None
     if share:
-        first, others = (Stack(part, SEEDS).batches(until) for part in held_out(stack.task, share, 0))
+        first, others = (Stack(part, stack.seeds).batches(until) for part in held_out(stack.task, share, 0))
         data = chain(first, stack.batches(steps - until))
     for step, rows in enumerate(data):
         g = tuned_on = stack.gradient(x, *rows)[0]
@@ -358,12 +377,14 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
     return x
 
 
-def pair(task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int) -> dict[str, list[float]]:
+def pair(
+    task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int, seeds: int
+) -> dict[str, list[float]]:
     """Of every idea: gap and regret of the validation loss."""
     torch.set_num_threads(1)
     made = TASKS[task]()
     made = replace(made, batch=made.batch // smaller)
-    stack = Stack(made, SEEDS)
+    stack = Stack(made, list(range(seeds)))
     _, best = stack.tuned(base, schedule, steps)
     start = mean(row[0].valid for row in stack.losses(stack.start[:, None]))
     result = {}
@@ -387,20 +408,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         places = product(options.tasks, options.bases, SCHEDULES)
-        more = options.ideas, options.smaller, options.steps
+        more = options.ideas, options.smaller, options.steps, options.seeds
         jobs = {pool.submit(pair, *place, *more): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
             found[" | ".join(jobs[job])] = job.result()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ideas.json").write_text(json.dumps(found, indent=1))
 
-    print(f"\n{len(found)} pairs, {len(SEEDS)} seeds, {options.steps} steps\n")
+    print(f"\n{len(found)} pairs, {options.seeds} seeds, {options.steps} steps\n")
     print("| | median gap | within 10 % | worst gap | mean regret | " + " | ".join(SCHEDULES) + " |")
     print("|---|---|---|---|---|" + "---|" * len(SCHEDULES))
     for name in options.ideas:

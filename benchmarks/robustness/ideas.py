@@ -240,8 +240,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
-        self.mean = self.mean_square = self.late = torch.zeros_like(self.start)
-        self.before = torch.zeros_like(self.start)
+        self.mean = self.mean_square = self.before = self.late = torch.zeros_like(self.start)
         self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -275,17 +274,16 @@ class Tuner:
     def update(self, h: Tensor, part: float) -> Tensor:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
+        before, self.before = self.before, h
+        self.highest = max(self.highest, part)
         if idea.settles and self.count >= idea.learns:
-            self.late = self.late + ((h - self.before) ** 2 / 2 if idea.noise else h**2)
-            self.before = h
-            self.highest = max(self.highest, part)
+            self.late = self.late + ((h - before) ** 2 / 2 if idea.noise else h**2)
             total = self.v[..., -1:]
             fall = (total / (total + self.late)) ** idea.power
             if idea.shared:
-                fall = (fall * self.highest / max(part, 1e-9)).clamp(max=1)
+                fall = (fall * self.highest / part).clamp(max=1)
             self.scale = (fall * self.s).sum(-1)
             return self.scale
-        self.before = h
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         bet = torch.where(bet > 0, idea.losses * bet, bet)
@@ -294,7 +292,6 @@ class Tuner:
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
         scale = self.s.sum(-1)
-        self.highest = max(self.highest, part)
         limit = self.scale if part < idea.settle * self.highest else self.limit
         self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
         self.scale = torch.minimum(scale, limit)

@@ -39,7 +39,9 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tasks.TASKS, "tumours", lambda: double)
 
 
-def flat(model: torch.nn.Module) -> torch.Tensor:
+def trained(run: Run) -> torch.Tensor:
+    """All parameters at the end."""
+    *_, model = training.checkpoints(run)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
@@ -49,12 +51,13 @@ def test_a_stack_ends_where_torch_ends(base: str, float64: None) -> None:
         pytest.importorskip("pytorch_optimizer")
     lrs, steps = [3e-4, 1e-2], 40
     stack = training.Stack(tasks.TASKS["tumours"](), [0, 1])
-    stacked = stack.train(base, "cosine", lrs, steps)
-    measured = stack.losses(stacked)
+    checks = [x.clone() for x in stack.train(base, "cosine", lrs, steps)]
+    assert len(checks) == training.CHECKS
+    measured, stacked = stack.losses(checks), checks[-1]
     for seed in (0, 1):
         for i, lr in enumerate(lrs):
             run = Run("tumours", base, "cosine", BASE, lr, steps, seed)
-            alone = flat(training.trained(run))
+            alone = trained(run)
             assert (alone - stack.start[seed]).norm() > 1e-3  # it moved
             torch.testing.assert_close(stacked[seed, i], alone, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(measured[seed][i], training.losses(run), rtol=1e-9, atol=0)
@@ -66,8 +69,8 @@ def test_every_task_stacks(name: str) -> None:
     if name == "picture":
         pytest.importorskip("PIL")
     stack = training.Stack(tasks.TASKS[name](), [3])
-    stacked = stack.train("sgd", "constant", [0.1], 1)[0, 0]
-    alone = flat(training.trained(Run(name, "sgd", "constant", BASE, 0.1, 1, 3)))
+    (stacked,) = stack.train("sgd", "constant", [0.1], 1)
+    stacked, alone = stacked[0, 0], trained(Run(name, "sgd", "constant", BASE, 0.1, 1, 3))
     step = alone - stack.start[0]
     assert step.norm() > 0
     assert (stacked - alone).norm() < 1e-4 * step.norm()
@@ -90,6 +93,18 @@ def test_every_method_trains(method: str, schedule: str) -> None:
         assert end != training.losses(run._replace(schedule="constant"))
 
 
+def test_the_best_on_the_way() -> None:
+    """A net that learns its rows by heart gets worse on others; what it had before counts."""
+    assert [step for step in range(1, 101) if training.is_check(step, 100)] == list(range(10, 101, 10))
+    assert [step for step in range(1, 5) if training.is_check(step, 4)] == [1, 2, 3, 4]
+    found = training.losses(Run("diabetes", "adamw", "constant", BASE, 0.03, 200, 0))
+    assert found.best < 0.9 * found.valid
+    stack = training.Stack(tasks.diabetes(), [0])
+    (stacked, gone) = stack.losses(stack.train("adamw", "constant", [0.03, 1e9], 200))[0]
+    assert stacked.best == pytest.approx(found.best, rel=1e-3)
+    assert not math.isfinite(gone.valid)
+
+
 def test_schedules() -> None:
     factors = {name: [training.factor(name, step, 100) for step in range(100)] for name in SCHEDULES}
     assert factors["constant"] == [1.0] * 100
@@ -106,9 +121,9 @@ def test_manic_is_indifferent_to_lr(base: str, fixture: str, tolerance: float, r
     if fixture == "float64":
         request.getfixturevalue(fixture)
     run = Run("tumours", base, "cosine", "manic", 1.0, 60, 0)
-    start, end = (flat(training.trained(one)) for one in (run._replace(method=START), run))
+    start, end = (trained(one) for one in (run._replace(method=START), run))
     for lr in (1e-12, 1e-5, 3.0, 1e6):
-        other = flat(training.trained(run._replace(lr=lr)))
+        other = trained(run._replace(lr=lr))
         assert (other - end).norm() < tolerance * (end - start).norm()
 
 
@@ -130,38 +145,43 @@ RUN = Run("tumours", "sgd", "constant", BASE, 0.0, 20, 0)
 
 
 def invented() -> dict[Run, Losses]:
-    """Validation loss 1 + 0.05 a half decade off 0.1, training loss the same off 1; from 2 at the start."""
+    """Validation loss 1 + 0.05 a half decade off 0.1, training loss the same off 1; from 2 at the start.
+
+    The lowest validation loss on the way is 0.9 + 0.02 a half decade off 1.
+    """
     found = {}
     for seed in (0, 1):
-        found[Run("tumours", "", "", START, 0.0, 0, seed)] = Losses(2.0, 2.0)
+        found[Run("tumours", "", "", START, 0.0, 0, seed)] = Losses(2.0, 2.0, 2.0)
         for i in range(-8, 5):
-            losses = Losses(1 + 0.05 * abs(i + 2), 1 + 0.05 * abs(i))
+            losses = Losses(1 + 0.05 * abs(i + 2), 1 + 0.05 * abs(i), 0.9 + 0.02 * abs(i))
             found[RUN._replace(lr=training.lr_of(i), seed=seed)] = losses
-        found[RUN._replace(method="manic", lr=1.0, seed=seed)] = Losses(1.1 + 0.2 * seed, 1.5)
-    found[RUN._replace(method="mechanic-pytorch", lr=1.0, seed=0)] = Losses(math.inf, 1.0)
-    found[RUN._replace(method="mechanic-pytorch", lr=1.0, seed=1)] = Losses(1.0, 1.0)
+        found[RUN._replace(method="manic", lr=1.0, seed=seed)] = Losses(1.1 + 0.2 * seed, 1.5, 0.99)
+    found[RUN._replace(method="mechanic-pytorch", lr=1.0, seed=0)] = Losses(math.inf, 1.0, 1.0)
+    found[RUN._replace(method="mechanic-pytorch", lr=1.0, seed=1)] = Losses(1.0, 1.0, 0.8)
     return found
 
 
 def test_scores() -> None:
     scores = reports.scores_of(PLAN, ["manic", "mechanic-pytorch", "DoG"], invented())
     (manic,) = scores["manic"]
-    assert (manic.gap, manic.train_gap, manic.regret) == pytest.approx((0.2, 0.5, 0.2))
+    assert (manic.gap, manic.train_gap, manic.best_gap, manic.regret) == pytest.approx((0.2, 0.5, 0.1, 0.2))
     assert manic.diverged == ()
     (diverged,) = scores["mechanic-pytorch"]
     assert (diverged.gap, diverged.train_gap, diverged.regret, diverged.diverged) == (math.inf, 0, 1, (0,))
+    assert diverged.best_gap == pytest.approx(0)  # before it did
     assert scores["DoG"] == []  # not run
     (tuned,), (half,), (whole,), (one,) = (list(scores[name]) for name in list(scores)[3:])
-    assert (tuned.gap, tuned.train_gap) == (0, 0)  # both seeds are best at the same rate
-    assert (half.gap, half.train_gap) == pytest.approx((0.05, 0.05))
-    assert (whole.gap, whole.train_gap) == pytest.approx((0.1, 0.1))
-    assert (one.gap, one.train_gap) == pytest.approx((0, 0.1))  # the rate is chosen by validation loss
+    assert (tuned.gap, tuned.train_gap, tuned.best_gap) == (0, 0, 0)  # both seeds are best at the same rate
+    assert (half.gap, half.train_gap, half.best_gap) == pytest.approx((0.05, 0.05, 0.02 / 0.9))
+    assert (whole.gap, whole.train_gap, whole.best_gap) == pytest.approx((0.1, 0.1, 0.04 / 0.9))
+    # the rate is chosen by the validation loss at the end
+    assert (one.gap, one.train_gap, one.best_gap) == pytest.approx((0, 0.1, 0.04 / 0.9))
 
 
 def test_tuned_on_other_seeds() -> None:
     found = invented()
     for i in range(-8, 5):  # the second seed is best half a decade higher, where the first has 1.05
-        found[RUN._replace(lr=training.lr_of(i), seed=1)] = Losses(1 + 0.05 * abs(i + 1), 1 + 0.05 * abs(i))
+        found[RUN._replace(lr=training.lr_of(i), seed=1)] = Losses(1 + 0.05 * abs(i + 1), 1 + 0.05 * abs(i), 1.0)
     (score,) = reports.scores_of(PLAN, [], found)["lr tuned on other seeds"]
     assert score.gap == pytest.approx(1.05 / 1.025 - 1)
     assert score.train_gap == 0
@@ -170,7 +190,7 @@ def test_tuned_on_other_seeds() -> None:
 
 def test_above_the_start_is_diverged() -> None:
     found = invented()
-    found[RUN._replace(method="manic", lr=1.0, seed=1)] = Losses(2.01, 1.5)
+    found[RUN._replace(method="manic", lr=1.0, seed=1)] = Losses(2.01, 1.5, 1.0)
     (score,) = reports.scores_of(PLAN, ["manic"], found)["manic"]
     assert score.gap == math.inf
     assert score.train_gap == pytest.approx(0.5)

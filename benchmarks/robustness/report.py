@@ -20,6 +20,8 @@ HALVES = {
 }
 LEAST_LOSS = 1e-7  # losses below count as this: long runs on small data reach 0 in float32
 LEVEL = 0.1  # a gap that counts as being as good
+KINDS = range(len(Losses._fields))
+GAPS = ("gap", "train_gap", "best_gap")  # of these, in a score
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop", "lion": "Lion"}
 STYLES: dict[str, dict[str, Any]] = {  # of the lines in the picture of indifference
     BASE: {"color": "0.5", "marker": "."},
@@ -41,13 +43,14 @@ class Plan(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of a method on a pair; a gap is infinite if a seed diverged."""
+    """Of a method on a pair; a gap is infinite if a seed diverged. Gaps are of the losses in the order of `Losses`."""
 
     task: str
     base: str
     schedule: str
     gap: float
     train_gap: float
+    best_gap: float
     regret: float
     diverged: tuple[int, ...]  # seeds
 
@@ -78,17 +81,16 @@ class Pair:
         best = [
             _best_lr({lr: _mean(row[:i] + row[i + 1 :]) for lr, row in rows.items()}) for i in range(len(self.seeds))
         ]
-        valid, train = (self._score([rows[lr][i] for i, lr in enumerate(lrs)]) for lrs in zip(*best, strict=True))
-        return valid._replace(train_gap=train.train_gap)
+        return _each(self._score([rows[lr][i] for i, lr in enumerate(lrs)]) for lrs in zip(*best, strict=True))
 
     def _score(self, found: list[Losses]) -> Score:
-        bad = [[not end[i] <= start[i] for i in (0, 1)] for end, start in zip(found, self.starts, strict=True)]
+        bad = [[not end[i] <= start[i] for i in KINDS] for end, start in zip(found, self.starts, strict=True)]
         loss = _mean(found)
-        gaps = [math.inf if any(seed[i] for seed in bad) else _gap(loss[i], self.oracle[i]) for i in (0, 1)]
+        gaps = [math.inf if any(seed[i] for seed in bad) else _gap(loss[i], self.oracle[i]) for i in KINDS]
         start = _mean(self.starts)
         regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
-        diverged = tuple(seed for seed, (valid, _) in zip(self.seeds, bad, strict=True) if valid)
-        return Score(self.run.task, self.run.base, self.run.schedule, gaps[0], gaps[1], regret, diverged)
+        diverged = tuple(seed for seed, (valid, *_) in zip(self.seeds, bad, strict=True) if valid)
+        return Score(self.run.task, self.run.base, self.run.schedule, *gaps, regret, diverged)
 
     def wrong_by(self, half_decades: int) -> Score | None:
         """The base optimizer with too small and too large a rate, the mean of both; each loss has its own best rate."""
@@ -96,14 +98,11 @@ class Pair:
         for sign in (-1, 1):
             rates = [lr_of(round(2 * math.log10(best)) + sign * half_decades) for best in self.best_lr]
             if all(self.has(BASE, lr) for lr in rates):
-                valid, train = (self.score(BASE, lr) for lr in rates)
-                sides.append(valid._replace(train_gap=train.train_gap))
+                sides.append(_each(self.score(BASE, lr) for lr in rates))
         if not sides:
             return None
         return sides[0]._replace(
-            **{
-                name: statistics.fmean(getattr(side, name) for side in sides) for name in ("gap", "train_gap", "regret")
-            },
+            **{name: statistics.fmean(getattr(side, name) for side in sides) for name in (*GAPS, "regret")},
             diverged=tuple(seed for side in sides for seed in side.diverged),
         )
 
@@ -117,7 +116,13 @@ def _gap(loss: float, oracle: float) -> float:
 
 def _best_lr(means: Mapping[float, Losses]) -> Losses:
     """The learning rate that is best for each of the losses."""
-    return Losses(*(min(means, key=lambda lr: means[lr][kind]) for kind in (0, 1)))
+    return Losses(*(min(means, key=lambda lr: means[lr][kind]) for kind in KINDS))
+
+
+def _each(scores: Iterable[Score]) -> Score:
+    """The gap of each loss from a score of its own, the rest from the first."""
+    first, *others = scores
+    return first._replace(**{name: getattr(score, name) for name, score in zip(GAPS[1:], others, strict=True)})
 
 
 def _mean(losses: Iterable[Losses]) -> Losses:
@@ -172,13 +177,24 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def _summary(scores: Mapping[str, list[Score]]) -> str:
     head = ["", "pairs", "median gap", "within 10 %", "worst gap", "mean regret", "diverged runs"]
-    head += ["median gap, training loss", "within 10 %, training loss"]
     rows = []
     for name, row in scores.items():
-        gaps, train_gaps = [score.gap for score in row], [score.train_gap for score in row]
+        gaps = [score.gap for score in row]
         cells = [f"{len(row)}", _percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))]
         cells += [f"{statistics.fmean(score.regret for score in row):.3f}", f"{sum(len(s.diverged) for s in row)}"]
-        rows.append([name, *cells, _percent(statistics.median(train_gaps)), _share(train_gaps)])
+        rows.append([name, *cells])
+    return _table(head, rows)
+
+
+def _other_losses(scores: Mapping[str, list[Score]]) -> str:
+    """The gaps of the lowest validation loss on the way, and of the training loss."""
+    columns = "median gap", "within 10 %", "worst"
+    head = ["", *(f"{loss}: {column}" for loss in ("lowest", "training") for column in columns)]
+    rows = []
+    for name, row in scores.items():
+        both = [score.best_gap for score in row], [score.train_gap for score in row]
+        cells = [(_percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))) for gaps in both]
+        rows.append([name, *cells[0], *cells[1]])
     return _table(head, rows)
 
 
@@ -212,6 +228,8 @@ def report(plan: Plan, methods: Iterable[str], found: Found) -> str:
         by_base = {base: {"base": base} for base in plan.bases}
         by_base["adamw, constant"] = {"base": "adamw", "schedule": "constant"}
         text += ["Median gap, and the share of pairs within 10 %, by task:\n", _split(scores, by_task)]
+        text += ["The lowest validation loss on the way, and the training loss:\n", _other_losses(scores)]
+        text += ["By task, the lowest validation loss on the way:\n", _split(scores, by_task, "best_gap")]
         text += ["By task, training loss:\n", _split(scores, by_task, "train_gap")]
         text += ["By schedule:\n", _split(everywhere, by_schedule)]
         text += ["By base optimizer, and on AdamW's with a constant rate:\n", _split(scores, by_base)]

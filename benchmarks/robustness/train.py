@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured agains
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
 WIDENINGS = 4  # at most, of a grid by two rates
+CHECKS = 10  # times that the validation loss is measured in a run
 
 
 class Run(NamedTuple):
@@ -44,10 +46,11 @@ class Run(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of a trained model: on the validation rows, and on 512 training rows that are always the same."""
+    """Of a training, at its end: on the validation rows, and on 512 training rows that are always the same."""
 
     valid: float
     train: float
+    best: float  # on the validation rows, the lowest of `CHECKS` at even distances, the last of which is the end
 
 
 # --- what is compared ---------------------------------------------------------------------------------------------
@@ -206,6 +209,11 @@ def tunes(step: int, every: int) -> bool:
     return step < ALWAYS or step % every == 0
 
 
+def is_check(step: int, steps: int) -> bool:
+    """Whether the validation loss is measured after a step, counted from 1."""
+    return step >= steps or step * CHECKS % steps < CHECKS
+
+
 def measured(task: Task) -> tuple[Data, Data]:
     """The rows that losses are reported on: those for validation, and 512 of the training ones."""
     rows = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(1))[:512]
@@ -215,48 +223,58 @@ def measured(task: Task) -> tuple[Data, Data]:
 # --- one model ----------------------------------------------------------------------------------------------------
 
 
-def trained(run: Run) -> nn.Module:
-    """The model after training it by a run's method."""
+def checkpoints(run: Run) -> Iterator[nn.Module]:
+    """Train by a run's method; gives the model, ready to be measured, at each check."""
     task = TASKS[run.task]()
     model = model_of(task, run.seed)
     if run.method == START:
-        return model
+        yield model
+        return
     build = plain if run.method == BASE else METHODS[run.method].build
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy announces its weight decay
         steppers = build(model.parameters(), run)
     switches = run.method == "schedule-free"
-    if switches:
-        steppers[0].train()
 
     def backward(inputs: Tensor, targets: Tensor) -> None:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
     until = min(tuner.LEARNS, run.steps // 2) if run.method == HELD_OUT else 0
-    if until:
-        mechanic, updater = steppers
-        rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
-        for step, rows in enumerate(rest):
+    rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
+    for step, rows in enumerate(chain(rest, batches(task, run.seed, run.steps - until))):
+        if switches:
+            steppers[0].train()
+        if step < until:
+            mechanic, updater = steppers
             if tunes(step, EVERY):
                 backward(*next(others))
                 mechanic.step()
             backward(*rows)
             mechanic.step(tune=False)
             updater.step()
-    for rows in batches(task, run.seed, run.steps - until):
-        backward(*rows)
-        for stepper in steppers:
-            stepper.step()
-    if switches:
-        steppers[0].eval()
-    return model
+        else:
+            backward(*rows)
+            for stepper in steppers:
+                stepper.step()
+        if is_check(step + 1, run.steps):
+            if switches:
+                steppers[0].eval()
+            yield model
 
 
 def losses(run: Run) -> Losses:
     """Train a model, and measure it."""
-    task, model = TASKS[run.task](), trained(run)
-    with torch.no_grad():
-        return Losses(*(task.loss(model(inputs), targets).item() for inputs, targets in measured(task)))
+    task = TASKS[run.task]()
+    valid, some_of_train = measured(task)
+
+    @torch.no_grad()
+    def loss(model: nn.Module, rows: Data) -> float:
+        return task.loss(model(rows[0]), rows[1]).item()
+
+    checks = []
+    for model in checkpoints(run):
+        checks.append(loss(model, valid))
+    return Losses(checks[-1], loss(model, some_of_train), min(filter(math.isfinite, checks), default=math.inf))
 
 
 # --- many models of a task at once --------------------------------------------------------------------------------
@@ -287,29 +305,41 @@ class Stack:
             inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
             yield inputs, targets
 
-    def train(self, base: str, schedule: str, lrs: list[float], steps: int) -> Tensor:
-        """The parameters at the end."""
+    def train(self, base: str, schedule: str, lrs: list[float], steps: int) -> Iterator[Tensor]:
+        """The parameters, which are trained on, at each check."""
         x = self.start[:, None].repeat(1, len(lrs), 1)
         lr = torch.tensor(lrs, dtype=x.dtype)[:, None]
         state = torch.zeros_like(x), torch.zeros_like(x)
         for step, (inputs, targets) in enumerate(self.batches(steps)):
             gradient, _ = self.gradient(x, inputs, targets)
             base_step(base, x, gradient, *state, lr * factor(schedule, step, steps), step + 1)
-        return x
+            if is_check(step + 1, steps):
+                yield x
 
-    def tuned(self, base: str, schedule: str, steps: int) -> tuple[float, float]:
-        """The rate of the grid with the lowest validation loss at the end, the mean over seeds, and that loss."""
+    def tuned(self, base: str, schedule: str, steps: int) -> tuple[float, Losses]:
+        """The rate of the grid with the lowest validation loss at the end, and the lowest of each of the losses.
+
+        All are means over seeds.
+        """
         lrs = grid(base)
         found = self.losses(self.train(base, schedule, lrs, steps))
-        losses = [mean(row[i].valid for row in found) for i in range(len(lrs))]
-        best = min(losses)
-        return lrs[losses.index(best)], best
+        means = [Losses(*map(mean, zip(*(row[i] for row in found), strict=True))) for i in range(len(lrs))]
+        return lrs[min(range(len(lrs)), key=lambda i: means[i].valid)], Losses(*map(min, zip(*means, strict=True)))
+
+    def losses(self, checkpoints: Iterable[Tensor]) -> list[list[Losses]]:
+        """Of every model, by seed and rate."""
+        valid, some_of_train = measured(self.task)
+        checks = []
+        for x in checkpoints:
+            checks.append(self._measure(x, valid))
+        lowest = torch.stack(checks).nan_to_num(math.inf, math.inf).amin(0)
+        columns = torch.stack([checks[-1], self._measure(x, some_of_train), lowest], -1)
+        return [[Losses(*found) for found in seed] for seed in columns.tolist()]
 
     @torch.no_grad()
-    def losses(self, x: Tensor) -> list[list[Losses]]:
-        """Of every model, by seed and rate; a few at a time, for the sake of memory."""
-        columns = [torch.cat([self._loss(part, *rows) for part in x.split(4, 1)], 1) for rows in measured(self.task)]
-        return [[Losses(*pair) for pair in seed] for seed in torch.stack(columns, -1).tolist()]
+    def _measure(self, x: Tensor, rows: Data) -> Tensor:
+        """The loss of every model, a few at a time, for the sake of memory."""
+        return torch.cat([self._loss(part, *rows) for part in x.split(4, 1)], 1)
 
 
 def base_step(base: str, x: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, t: int) -> None:

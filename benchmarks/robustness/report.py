@@ -90,7 +90,8 @@ class Pair:
         start = _mean(self.starts)
         regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
         diverged = tuple(seed for seed, (valid, *_) in zip(self.seeds, bad, strict=True) if valid)
-        return Score(self.run.task, self.run.base, self.run.schedule, *gaps, regret, diverged)
+        gap, train_gap, best_gap = gaps
+        return Score(self.run.task, self.run.base, self.run.schedule, gap, train_gap, best_gap, regret, diverged)
 
     def wrong_by(self, half_decades: int) -> Score | None:
         """The base optimizer with too small and too large a rate, the mean of both; each loss has its own best rate."""

@@ -271,10 +271,8 @@ def losses(run: Run) -> Losses:
     def loss(model: nn.Module, rows: Data) -> float:
         return task.loss(model(rows[0]), rows[1]).item()
 
-    checks = []
-    for model in checkpoints(run):
-        checks.append(loss(model, valid))
-    return Losses(checks[-1], loss(model, some_of_train), min(filter(math.isfinite, checks), default=math.inf))
+    checks, models = zip(*((loss(model, valid), model) for model in checkpoints(run)), strict=True)
+    return Losses(checks[-1], loss(models[-1], some_of_train), min(filter(math.isfinite, checks), default=math.inf))
 
 
 # --- many models of a task at once --------------------------------------------------------------------------------
@@ -329,11 +327,9 @@ class Stack:
     def losses(self, checkpoints: Iterable[Tensor]) -> list[list[Losses]]:
         """Of every model, by seed and rate."""
         valid, some_of_train = measured(self.task)
-        checks = []
-        for x in checkpoints:
-            checks.append(self._measure(x, valid))
+        checks, stacks = zip(*((self._measure(x, valid), x) for x in checkpoints), strict=True)
         lowest = torch.stack(checks).nan_to_num(math.inf, math.inf).amin(0)
-        columns = torch.stack([checks[-1], self._measure(x, some_of_train), lowest], -1)
+        columns = torch.stack([checks[-1], self._measure(stacks[-1], some_of_train), lowest], -1)
         return [[Losses(*found) for found in seed] for seed in columns.tolist()]
 
     @torch.no_grad()

@@ -68,13 +68,17 @@ class Idea:
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
-        settles: (10) and (11); otherwise, bets are on how h differs from its mean since x_ref moved.
+        then: what that is. ``"largest"``: (10) and (11); ``"recent"``: the scale falls as one over the root of the
+            largest mean of h² over some T steps; ``"sum"``: as one over the root of the sum of h²; ``"warm"``: bets go
+            on while the schedule's factor rises, then the scale stays; ``"mean"``: bets are on how h differs from its
+            mean since x_ref moved.
+        outlier: γ.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
-        power: of the sums of h² in (11).
-        noise: half of the square of the difference from the h before takes the place of h² in (10).
-        shared: the schedule's decay since its highest factor counts as a part of the fall of (11).
+        power: of the sum of h², in place of the root.
+        noise: half of the square of the difference from the h before takes the place of h² in the sum.
+        shared: the schedule's decay since its highest factor counts as a part of the fall.
     """
 
     s_init: float | None = None
@@ -104,7 +108,8 @@ class Idea:
     until: float = 1.0
     fall: float = 0.0
     learns: float = tuner.LEARNS
-    settles: bool = True
+    then: str = "largest"
+    outlier: float = tuner.GROWTH
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
     period: float = tuner.LONGEST
@@ -119,8 +124,9 @@ FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
 HALF = replace(DOUBLING, rescaled=0.5)
 FADING = replace(TRIPLING, recentre="never", fade=3.0)
-NO_BETS = replace(TRIPLING, learns=243, settles=False)
+NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
+FALLING = Idea(then="sum")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -209,18 +215,25 @@ IDEAS = {
     "…, for 243 steps, then h less its mean within two": replace(LESS_MEAN, width=(2.0, 2.0)),
     "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
     "…, for 243 steps, then bets of 0": NO_BETS,
-    "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
-    "**…, for 243 steps, then as 1/√v, Δ anew every 729: the default**": Idea(),
+    "…, for 243 steps, then as 1/√v": replace(FALLING, period=math.inf),
+    "…, for 243 steps, then as 1/√v, Δ anew every 729": FALLING,
+    "… for 81 steps, Δ anew every 243": replace(FALLING, learns=81, period=243),
+    "… for 729 steps, Δ anew every 2187": replace(FALLING, learns=729, period=2187),
+    "… Δ anew every 243": replace(FALLING, period=243),
+    "… the schedule's decay counted": replace(FALLING, shared=True),
+    "… as 1/∛v": replace(FALLING, power=1 / 3),
+    "… as 1/∛v, the schedule's decay counted": replace(FALLING, power=1 / 3, shared=True),
+    "… the noise of h": replace(FALLING, noise=True),
+    "… the noise of h, Δ anew every 243": replace(FALLING, noise=True, period=243),
+    "… h less its mean": Idea(then="mean", memory=0.9),
+    "… bets to the end": Idea(learns=math.inf),
+    "… bets while a warmup goes on, then the scale stays": Idea(then="warm"),
+    "… as one over the largest mean of h²": Idea(then="recent"),
+    "… as 1/max |h|": Idea(outlier=math.inf),
+    "**… as 1/max |h|, by no more than 1/1.1 a step: the default**": Idea(),
+    "the default, Δ anew every 243": Idea(period=243),
     "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
     "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
-    "the default, Δ anew every 243": Idea(period=243),
-    "the default, the schedule's decay counted": Idea(shared=True),
-    "the default, as 1/∛v": Idea(power=1 / 3),
-    "the default, as 1/∛v, the schedule's decay counted": Idea(power=1 / 3, shared=True),
-    "the default, the noise of h": Idea(noise=True),
-    "the default, the noise of h, Δ anew every 243": Idea(noise=True, period=243),
-    "the default, h less its mean": Idea(settles=False, memory=0.9),
-    "the default, with bets": Idea(learns=math.inf),
 }
 
 
@@ -243,7 +256,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
-        self.mean = self.mean_square = self.before = self.late = torch.zeros_like(self.start)
+        self.mean = self.mean_square = self.before = self.late = self.most = torch.zeros_like(self.start)
         self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -278,14 +291,9 @@ class Tuner:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
         before, self.before = self.before, h
-        self.highest = max(self.highest, part)
-        if idea.settles and self.count >= idea.learns:
-            self.late = self.late + ((h - before) ** 2 / 2 if idea.noise else h**2)
-            total = self.v[..., -1:]
-            fall = (total / (total + self.late)) ** idea.power
-            if idea.shared:
-                fall = (fall * self.highest / part).clamp(max=1)
-            self.scale = (fall * self.s).sum(-1)
+        rises, self.highest = part > self.highest, max(self.highest, part)
+        if self.count >= idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
+            self.scale = (self.fall(h, before, part) * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
@@ -301,12 +309,29 @@ class Tuner:
         self.largest = torch.maximum(self.largest, self.scale)
         return self.scale
 
+    def fall(self, h: Tensor, before: Tensor, part: float) -> Tensor:
+        """What of the scale is left after T, from h, the one before and the schedule's factor."""
+        idea, total = self.idea, self.v[..., -1:]
+        if idea.then == "warm":
+            return torch.ones_like(h)
+        if idea.then == "sum":
+            self.late = self.late + ((h - before) ** 2 / 2 if idea.noise else h**2)
+            fall = (total / (total + self.late)) ** idea.power
+            return (fall * self.highest / part).clamp(max=1) if idea.shared else fall
+        if idea.then == "recent":
+            self.late = (1 - 1 / idea.learns) * (self.late if self.most.any() else total) + h**2
+            self.most = torch.maximum(self.most, self.late)
+            return (total / self.most).clamp(max=1).sqrt()
+        self.most = torch.maximum(self.most, self.m[..., -1:])
+        self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))
+        return self.m[..., -1:] / self.most
+
     def bet(self, h: Tensor) -> Tensor:
         """What is bet on, before it is clipped."""
         self.mean = torch.lerp(h, self.mean, self.idea.memory)
         self.mean_square = torch.lerp(h**2, self.mean_square, self.idea.memory)
         self.count += 1
-        if self.count <= self.idea.learns:
+        if self.count <= self.idea.learns or self.idea.then == "warm":
             return h
         deviation = (self.mean_square - self.mean**2).clamp(min=1e-300).sqrt()
         lost, won = (width * deviation for width in self.idea.width)

@@ -5,7 +5,7 @@ say how far the validation loss, at the end and at its lowest on the way, is abo
 See docs/quality.md.
 
     python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
-                                          [--seeds N] [--smaller N] [--steps N] [--out FOLDER]
+                                          [--schedules NAME ...] [--seeds N] [--smaller N] [--steps N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
+from train import LONG_WARMUP, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -435,6 +435,7 @@ def main() -> None:
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, LONG_WARMUP), default=SCHEDULES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
@@ -442,7 +443,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        places = product(options.tasks, options.bases, SCHEDULES)
+        places = product(options.tasks, options.bases, options.schedules)
         more = options.ideas, options.smaller, options.steps, options.seeds
         jobs = {pool.submit(pair, *place, *more): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
@@ -452,11 +453,14 @@ def main() -> None:
 
     for i, title in enumerate(SCORED.values()):
         print(f"\n{len(found)} pairs, {options.seeds} seeds, {options.steps} steps: {title}\n")
-        print("| | median gap | within 10 % | worst gap | mean regret | " + " | ".join(SCHEDULES) + " |")
-        print("|---|---|---|---|---|" + "---|" * len(SCHEDULES))
+        print("| | median gap | within 10 % | worst gap | mean regret | " + " | ".join(options.schedules) + " |")
+        print("|---|---|---|---|---|" + "---|" * len(options.schedules))
         for name in options.ideas:
             gaps = {place: row[name][i][0] for place, row in found.items()}
-            by_schedule = [statistics.median(g for place, g in gaps.items() if place.endswith(s)) for s in SCHEDULES]
+            by_schedule = [
+                statistics.median(gap for place, gap in gaps.items() if place.endswith(schedule))
+                for schedule in options.schedules
+            ]
             within = sum(gap <= 0.1 for gap in gaps.values()) / len(gaps)
             worst = max(gaps.values())
             regret = statistics.fmean(row[name][i][1] for row in found.values())

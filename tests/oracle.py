@@ -55,9 +55,9 @@ class Oracle:
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         if self.rule == "manic" and self.steps >= 243:  # before this step
-            largest = max(self.m)
-            self.m = [min(max(m, abs(h)), 1.1 * m) for m in self.m]
-            self.s = [s * largest / max(self.m) for s in self.s]
+            total = max(self.v)
+            self.v = [v + h**2 for v in self.v]
+            self.s = [s * math.sqrt(total / (total + h**2)) for s in self.s]
             return
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":

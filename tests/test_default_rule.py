@@ -139,24 +139,12 @@ def scales_of(steps: int, product: Callable[[int], float]) -> list[float]:
     return found
 
 
-def test_after_243_steps_the_scale_stays() -> None:
-    """However far downhill Δ points, and after one outlier not far below."""
+def test_after_243_steps_the_scale_only_falls() -> None:
+    """However far downhill Δ points, and about as one over the root of the number of steps."""
     scales = scales_of(4 * 243, lambda step: -1.0 - 0.5 * math.sin(step))
     assert scales[242] > 2 * scales[121] > 100 * scales[20]
-    assert all(later <= earlier for earlier, later in pairwise(scales[242:]))
-    assert scales[-1] > 0.999 * scales[242]
-    jolted = scales_of(4 * 243, lambda step: (-1.0 - 0.5 * math.sin(step)) * (100 if step == 500 else 1))
-    assert jolted[-1] == pytest.approx(scales[-1] / 1.1, rel=0.001)
-
-
-def test_the_scale_falls_as_h_grows() -> None:
-    """A warmup that goes on, say: to half as h doubles, and it does not rise again."""
-    scales = scales_of(600, lambda step: -max(1.0, step / 300))
-    assert scales[299] == scales[242]
-    assert scales[449] == pytest.approx(scales[242] / 1.5)
-    assert scales[599] == pytest.approx(scales[242] / 2)
-    for_a_while = scales_of(900, lambda step: 2.0 if 300 < step <= 600 else -1.0)
-    assert for_a_while[-1] == for_a_while[599] == pytest.approx(scales[599])
+    assert all(later < earlier for earlier, later in pairwise(scales[242:]))
+    assert scales[-1] / scales[242] == pytest.approx(0.5, rel=0.01)
 
 
 def test_models_at_different_steps_are_tuned_in_one_call() -> None:

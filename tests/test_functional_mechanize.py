@@ -25,8 +25,7 @@ from manic.functional import (
 )
 from manic.functional.tree import Number
 
-STEPS = 280  # beyond 243, after which the default rule bets no more,
-EXPLODES = 270  # and beyond a step from which on gradients are so large that its scale falls
+STEPS = 280  # beyond 243, after which the default rule bets no more
 
 
 def same_bits(tree, other):
@@ -36,9 +35,7 @@ def same_bits(tree, other):
 
 
 def spoiled(grads, t):
-    """One bad gradient on the way, and then an infinite one; the last ones are very large."""
-    if t >= EXPLODES:
-        grads = {name: 30 * g for name, g in grads.items()}
+    """One bad gradient on the way, and then an infinite one."""
     bad = {20: math.nan, 21: math.inf}.get(t)
     return grads if bad is None else {name: g + bad * (name == "2.bias") for name, g in grads.items()}
 
@@ -68,7 +65,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
 
     theirs = {key: leaf.clone().requires_grad_() for key, leaf in start.items()}
     optimizer = reference(theirs.values(), **options)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     updater = manic.Updater(optimizer, scheduler, internal_lr=None)
     log = []
     mechanic = manic.Mechanic(updater, **tuner, log_func=lambda row: log.append((float(row["s"]), float(row["h"]))))
@@ -88,9 +85,8 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     theirs = {key: leaf.detach() for key, leaf in theirs.items()}
     scales, products = zip(*log, strict=True)
     assert distance(theirs, start) > 0.05
+    assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
-    if "rule" not in tuner:
-        assert scales[246] >= scales[EXPLODES - 1] > 1.05 * scales[-1]
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 
@@ -102,7 +98,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     done = 0
     for t in range(STEPS):
         grads = spoiled(torch.func.grad(loss)(ours, t), t)
-        lr = config.lr * schedules.cosine(done / (2 * STEPS))
+        lr = config.lr * schedules.cosine(done / STEPS)
         new, new_state = step(ours, grads, state, replace(config, lr=lr))
         if t in (20, 21):
             assert same_bits((new, new_state), (ours, state))
@@ -111,7 +107,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
         ours, state = changed(new, t), new_state
         if t > 0 or "rule" in tuner or "s_init" in tuner:  # else Mechanic logs before the first update is known
             assert float(state.scale) == pytest.approx(scales[t], rel=1e-10, abs=1e-300)
-    assert distance(ours, theirs) <= 1e-11
+    assert distance(ours, theirs) <= 1e-12
     assert float(state.scale) == pytest.approx(scales[-1], rel=1e-12)
 
 
@@ -192,7 +188,7 @@ def test_compiled_training_step_equals_eager():
         ours, ours_state = compiled(ours, ours_state, lr, 0)
         theirs, theirs_state = train(theirs, theirs_state, lr, 0)
     assert distance(theirs, start) > 0.05
-    assert distance(ours, theirs) <= 1e-11
+    assert distance(ours, theirs) <= 1e-12
 
 
 @needs_recent_compiler
@@ -223,7 +219,7 @@ def test_exports():
         ours = program(ours[0], torch.func.grad(loss)(ours[0], t), ours[1])
         theirs = step(theirs[0], torch.func.grad(loss)(theirs[0], t), theirs[1], config)
     assert distance(theirs[0], start) > 1e-3
-    assert distance(ours, theirs) <= 1e-11
+    assert distance(ours, theirs) <= 1e-12
 
 
 def test_bfloat16_parameters_train_with_a_float32_displacement():

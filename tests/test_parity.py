@@ -13,14 +13,11 @@ import optax
 import pytest
 import torch
 from oracle import Oracle
-from problems import OPTIMIZERS, SCHEDULERS, flat, make_net, relative_difference
-from problems import backward as plain_backward
+from problems import OPTIMIZERS, SCHEDULERS, backward, flat, make_net, relative_difference
 
 from manic import Mechanic, Updater
 
-STEPS = 280  # beyond 243, after which the default rule bets no more,
-BATCHES = 500  # of which held-out ones come after these
-EXPLODES = 270  # and beyond a step from which on gradients are so large that its scale falls
+STEPS = 280  # beyond 243, after which the default rule bets no more
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test
@@ -31,12 +28,6 @@ def assert_moved(start: torch.Tensor, end: torch.Tensor, hs: list[float], scale:
     assert relative_difference(end, start) > 1e-2
     assert scale > 0
     assert min(hs) < 0 < max(hs)
-
-
-def backward(model: torch.nn.Module, step: int) -> None:
-    plain_backward(model, step)
-    if step % BATCHES >= EXPLODES:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 30.0)
 
 
 def run_manic(
@@ -51,20 +42,17 @@ def run_manic(
 ) -> tuple[torch.Tensor, float]:
     """With ``held_out``, the scale is learned from other batches, at every so many steps."""
     model = make_net()
-    start, hs, scales = flat(model), [], []
+    start, hs = flat(model), []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
     mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
         if held_out and step % held_out == 0:
-            backward(model, BATCHES + step)
+            backward(model, 500 + step)
             mechanic.step()
         backward(model, step)
         mechanic.step(tune=not held_out)
         updater.step()
-        scales.append(float(mechanic.scale))
-    if rule == "manic":
-        assert scales[242] >= scales[EXPLODES - 1] > 1.1 * scales[-1]
     assert_moved(start, flat(model), hs, float(mechanic.scale))
     return flat(model), float(mechanic.scale)
 
@@ -81,7 +69,7 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]], held
     for step in range(STEPS):
         g = None
         if held_out and step % held_out == 0:
-            backward(model, BATCHES + step)
+            backward(model, 500 + step)
             g = gradient(model).tolist()
         backward(model, step)
         x = flat(model)

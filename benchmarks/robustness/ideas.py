@@ -68,17 +68,17 @@ class Idea:
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
-        then: what that is. ``"largest"``: (10) and (11); ``"recent"``: the scale falls as one over the root of the
-            largest mean of h² over some T steps; ``"sum"``: as one over the root of the sum of h²; ``"warm"``: bets go
-            on while the schedule's factor rises, then the scale stays; ``"mean"``: bets are on how h differs from its
-            mean since x_ref moved.
-        outlier: γ.
+        then: what that is. ``"sum"``: (10) and (11); ``"largest"``: the scale falls as one over the largest h so far;
+            ``"recent"``: as one over the root of the largest mean of h² over some T steps; ``"warm"``: bets go on while
+            the schedule's factor rises, then the scale stays; ``"mean"``: bets are on how h differs from its mean since
+            x_ref moved.
+        outlier: the most that the largest h grows by in a step.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
-        power: of the sum of h², in place of the root.
-        noise: half of the square of the difference from the h before takes the place of h² in the sum.
-        shared: the schedule's decay since its highest factor counts as a part of the fall.
+        power: of the sums of h² in (11).
+        noise: half of the square of the difference from the h before takes the place of h² in (10).
+        shared: the schedule's decay since its highest factor counts as a part of the fall of (11).
     """
 
     s_init: float | None = None
@@ -108,8 +108,8 @@ class Idea:
     until: float = 1.0
     fall: float = 0.0
     learns: float = tuner.LEARNS
-    then: str = "largest"
-    outlier: float = tuner.GROWTH
+    then: str = "sum"
+    outlier: float = math.inf
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
     period: float = tuner.LONGEST
@@ -126,7 +126,6 @@ HALF = replace(DOUBLING, rescaled=0.5)
 FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
-FALLING = Idea(then="sum")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -215,25 +214,22 @@ IDEAS = {
     "…, for 243 steps, then h less its mean within two": replace(LESS_MEAN, width=(2.0, 2.0)),
     "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
     "…, for 243 steps, then bets of 0": NO_BETS,
-    "…, for 243 steps, then as 1/√v": replace(FALLING, period=math.inf),
-    "…, for 243 steps, then as 1/√v, Δ anew every 729": FALLING,
-    "… for 81 steps, Δ anew every 243": replace(FALLING, learns=81, period=243),
-    "… for 729 steps, Δ anew every 2187": replace(FALLING, learns=729, period=2187),
-    "… Δ anew every 243": replace(FALLING, period=243),
-    "… the schedule's decay counted": replace(FALLING, shared=True),
-    "… as 1/∛v": replace(FALLING, power=1 / 3),
-    "… as 1/∛v, the schedule's decay counted": replace(FALLING, power=1 / 3, shared=True),
-    "… the noise of h": replace(FALLING, noise=True),
-    "… the noise of h, Δ anew every 243": replace(FALLING, noise=True, period=243),
-    "… h less its mean": Idea(then="mean", memory=0.9),
-    "… bets to the end": Idea(learns=math.inf),
-    "… bets while a warmup goes on, then the scale stays": Idea(then="warm"),
-    "… as one over the largest mean of h²": Idea(then="recent"),
-    "… as 1/max |h|": Idea(outlier=math.inf),
-    "**… as 1/max |h|, by no more than 1/1.1 a step: the default**": Idea(),
-    "the default, Δ anew every 243": Idea(period=243),
+    "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
+    "**…, for 243 steps, then as 1/√v, Δ anew every 729: the default**": Idea(),
     "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
     "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
+    "the default, Δ anew every 243": Idea(period=243),
+    "the default, the schedule's decay counted": Idea(shared=True),
+    "the default, as 1/∛v": Idea(power=1 / 3),
+    "the default, as 1/∛v, the schedule's decay counted": Idea(power=1 / 3, shared=True),
+    "the default, the noise of h": Idea(noise=True),
+    "the default, the noise of h, Δ anew every 243": Idea(noise=True, period=243),
+    "the default, as 1/max |h|": Idea(then="largest"),
+    "the default, as 1/max |h|, by no more than 1/1.1 a step": Idea(then="largest", outlier=1.1),
+    "the default, as one over the largest mean of h²": Idea(then="recent"),
+    "the default, bets while a warmup goes on, then none": Idea(then="warm"),
+    "the default, h less its mean": Idea(then="mean", memory=0.9),
+    "the default, with bets": Idea(learns=math.inf),
 }
 
 
@@ -314,17 +310,17 @@ class Tuner:
         idea, total = self.idea, self.v[..., -1:]
         if idea.then == "warm":
             return torch.ones_like(h)
-        if idea.then == "sum":
-            self.late = self.late + ((h - before) ** 2 / 2 if idea.noise else h**2)
-            fall = (total / (total + self.late)) ** idea.power
-            return (fall * self.highest / part).clamp(max=1) if idea.shared else fall
+        if idea.then == "largest":
+            self.most = torch.maximum(self.most, self.m[..., -1:])
+            self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))
+            return self.m[..., -1:] / self.most
         if idea.then == "recent":
             self.late = (1 - 1 / idea.learns) * (self.late if self.most.any() else total) + h**2
             self.most = torch.maximum(self.most, self.late)
             return (total / self.most).clamp(max=1).sqrt()
-        self.most = torch.maximum(self.most, self.m[..., -1:])
-        self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))
-        return self.m[..., -1:] / self.most
+        self.late = self.late + ((h - before) ** 2 / 2 if idea.noise else h**2)
+        fall = (total / (total + self.late)) ** idea.power
+        return (fall * self.highest / part).clamp(max=1) if idea.shared else fall
 
     def bet(self, h: Tensor) -> Tensor:
         """What is bet on, before it is clipped."""

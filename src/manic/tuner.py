@@ -16,8 +16,8 @@ and, under the rule ``manic`` only::
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 3, 9, …, 3T, 6T, … (9)  in `restarts`
-    m_t     = max(m_{t-1}, min(|h_t|, γ m_{t-1}))           (10) and (11) for (2) to (6) if t > T
-    s_{t+1} = s_t max_i m_{t-1,i} / max_i m_{t,i}           (11)
+    v_t     = v_{t-1} + h_t²                                (10) and (11) for (2) to (6) if t > T
+    s_{t+1} = s_t sqrt(max_i v_{t-1,i} / max_i v_{t,i})     (11)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -68,10 +68,9 @@ What each rule does that the paper as printed does not:
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
   - After T = 243 steps there are no more bets, (10) and (11). By then s has found its order of magnitude, and what h
     goes on to say is less about the rate than about the data: a net that learns its rows by heart is told to go faster
-    at every step, and a noisy one to go slower. From there on s stays, and the schedule alone lowers the rate, but for
-    steps that are out of proportion: s falls as 1/|h| where that is larger than ever before, which it is if a warmup
-    goes on, if the loss explodes, and a little if Δ goes on in one direction for longer than before. It falls by no
-    more than 1/γ in a step, with γ = 1.1, so that one outlier cannot cost much.
+    at every step, and a noisy one to go slower. From there on s falls as the sum of h² grows (v of the longest memory),
+    like the rate of AdaGrad-Norm (Ward, Wu and Bottou 2019): as 1/√t while h is of one size, and more if a warmup goes
+    on or the loss explodes.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -93,7 +92,6 @@ LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T
 LONGEST = 3 * LEARNS  # steps that Δ sums up, at most
-GROWTH = 1.1  # γ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +305,10 @@ def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> Tu
 
 def _settle(state: TunerState, h: Tensor) -> TunerState:
     """(10) and (11)."""
-    m = torch.maximum(state.max_product, torch.minimum(h.abs(), GROWTH * state.max_product))  # (10)
-    before, after = state.max_product.amax(-1, keepdim=True), m.amax(-1, keepdim=True)
-    fall = torch.where(before > 0, before / after, 1)
-    return state._replace(scales=state.scales * fall, max_product=m)  # (11)
+    v = state.sum_squares + h**2  # (10)
+    before, after = state.sum_squares.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
+    fall = torch.where(before > 0, before / after, 1).sqrt()
+    return state._replace(scales=state.scales * fall, sum_squares=v)  # (11)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

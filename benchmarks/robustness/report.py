@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tasks import CHOOSING, REPORTED
-from train import BASE, METHODS, START, Losses, Run, grid, lr_of, mean
+from train import BASE, METHODS, START, Losses, Run, grid, lr_of, mean, mean_losses
 
 HALVES = {
     "Tasks that choices were made on": [task.__name__ for task in CHOOSING],
@@ -63,7 +63,7 @@ class Pair:
         self.run = Run(task, base, schedule, BASE, 0.0, plan.steps, 0)
         self.starts = [found[Run(task, "", "", START, 0.0, 0, seed)] for seed in plan.seeds]
         tried = {run.lr for run in found if run._replace(lr=0.0, seed=0) == self.run}
-        self.means = {lr: _mean(self._losses(BASE, lr)) for lr in sorted(tried) if self.has(BASE, lr)}
+        self.means = {lr: mean_losses(self._losses(BASE, lr)) for lr in sorted(tried) if self.has(BASE, lr)}
         self.best_lr = _best_lr(self.means)
         self.oracle = Losses(*(self.means[lr][kind] for kind, lr in enumerate(self.best_lr)))
 
@@ -79,15 +79,16 @@ class Pair:
         """The base optimizer, every seed at the rate that is best for the others; each loss has its own."""
         rows = {lr: self._losses(BASE, lr) for lr in self.means}
         best = [
-            _best_lr({lr: _mean(row[:i] + row[i + 1 :]) for lr, row in rows.items()}) for i in range(len(self.seeds))
+            _best_lr({lr: mean_losses(row[:i] + row[i + 1 :]) for lr, row in rows.items()})
+            for i in range(len(self.seeds))
         ]
         return _each(self._score([rows[lr][i] for i, lr in enumerate(lrs)]) for lrs in zip(*best, strict=True))
 
     def _score(self, found: list[Losses]) -> Score:
         bad = [[not end[i] <= start[i] for i in KINDS] for end, start in zip(found, self.starts, strict=True)]
-        loss = _mean(found)
+        loss = mean_losses(found)
         gaps = [math.inf if any(seed[i] for seed in bad) else _gap(loss[i], self.oracle[i]) for i in KINDS]
-        start = _mean(self.starts)
+        start = mean_losses(self.starts)
         regret = min(1.0, (loss.valid - self.oracle.valid) / (start.valid - self.oracle.valid))
         diverged = tuple(seed for seed, (valid, *_) in zip(self.seeds, bad, strict=True) if valid)
         gap, train_gap, best_gap = gaps
@@ -124,10 +125,6 @@ def _each(scores: Iterable[Score]) -> Score:
     """The gap of each loss from a score of its own, the rest from the first."""
     first, *others = scores
     return first._replace(**{name: getattr(score, name) for name, score in zip(GAPS[1:], others, strict=True)})
-
-
-def _mean(losses: Iterable[Losses]) -> Losses:
-    return Losses(*(mean(kind) for kind in zip(*losses, strict=True)))
 
 
 def scores_of(plan: Plan, methods: Iterable[str], found: Found) -> dict[str, list[Score]]:
@@ -176,12 +173,15 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _spread(gaps: list[float]) -> list[str]:
+    return [_percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))]
+
+
 def _summary(scores: Mapping[str, list[Score]]) -> str:
     head = ["", "pairs", "median gap", "within 10 %", "worst gap", "mean regret", "diverged runs"]
     rows = []
     for name, row in scores.items():
-        gaps = [score.gap for score in row]
-        cells = [f"{len(row)}", _percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))]
+        cells = [f"{len(row)}", *_spread([score.gap for score in row])]
         cells += [f"{statistics.fmean(score.regret for score in row):.3f}", f"{sum(len(s.diverged) for s in row)}"]
         rows.append([name, *cells])
     return _table(head, rows)
@@ -193,9 +193,8 @@ def _other_losses(scores: Mapping[str, list[Score]]) -> str:
     head = ["", *(f"{loss}: {column}" for loss in ("lowest", "training") for column in columns)]
     rows = []
     for name, row in scores.items():
-        both = [score.best_gap for score in row], [score.train_gap for score in row]
-        cells = [(_percent(statistics.median(gaps)), _share(gaps), _percent(max(gaps))) for gaps in both]
-        rows.append([name, *cells[0], *cells[1]])
+        lowest, training = [score.best_gap for score in row], [score.train_gap for score in row]
+        rows.append([name, *_spread(lowest), *_spread(training)])
     return _table(head, rows)
 
 

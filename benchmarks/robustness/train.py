@@ -243,7 +243,9 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
         task.loss(model(inputs), targets).backward()
 
     until = min(tuner.LEARNS, run.steps // 2) if run.method == HELD_OUT else 0
-    rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
+    rest = others = iter(())
+    if until:
+        rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
     for step, rows in enumerate(chain(rest, batches(task, run.seed, run.steps - until))):
         if switches:
             steppers[0].train()
@@ -324,7 +326,7 @@ class Stack:
         """
         lrs = grid(base)
         found = self.losses(self.train(base, schedule, lrs, steps))
-        means = [Losses(*map(mean, zip(*(row[i] for row in found), strict=True))) for i in range(len(lrs))]
+        means = [mean_losses(row[i] for row in found) for i in range(len(lrs))]
         return lrs[min(range(len(lrs)), key=lambda i: means[i].valid)], Losses(*map(min, zip(*means, strict=True)))
 
     def losses(self, checkpoints: Iterable[Tensor]) -> list[list[Losses]]:
@@ -381,6 +383,11 @@ def mean(values: Iterable[float]) -> float:
     """Infinite if a value is not finite, or there is none."""
     values = list(values)
     return statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf
+
+
+def mean_losses(losses: Iterable[Losses]) -> Losses:
+    """Of each kind."""
+    return Losses(*(mean(kind) for kind in zip(*losses, strict=True)))
 
 
 def stacked_losses(job: Job) -> dict[Run, Losses]:

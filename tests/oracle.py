@@ -27,6 +27,7 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
+        self.gauge = self.noise = self.last = 0.0
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
@@ -41,7 +42,7 @@ class Oracle:
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        if self.steps in (1, 3, 9, 27, 81, 243, 729, 1458):
+        if self.steps in (1, 3, 9, 27, 81) or (self.steps >= 243 and self.steps % 9 == 0):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
@@ -55,9 +56,14 @@ class Oracle:
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         if self.rule == "manic" and self.steps >= 243:  # before this step
-            total = max(self.v)
-            self.v = [v + h**2 for v in self.v]
-            self.s = [s * math.sqrt(total / (total + h**2)) for s in self.s]
+            if self.steps < 324:
+                self.gauge += h**2
+            else:
+                signal = min(h * self.last, self.gauge / 9)
+                noise = max(0.0, self.noise + h**2 - 2 * signal)
+                fall = math.sqrt((self.gauge + self.noise) / (self.gauge + noise))
+                self.s, self.noise = [s * fall for s in self.s], noise
+            self.last = h
             return
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -83,14 +82,15 @@ def test_the_displacement_restarts_when_the_number_of_steps_has_tripled(store_de
         updater.step()
         if torch.equal(updater.displacement.slots[model.out.weight].reference, model.out.weight.detach().reshape(-1)):
             restarted_at.append(step)
-    assert restarted_at == [1, 3, 9, 27, 81, 243]
+    assert restarted_at == [1, 3, 9, 27, 81, 243, 252, 261, 270, 279, 288, 297]
 
 
-def test_and_every_729_steps() -> None:
+def test_and_from_step_243_on_every_nine_steps() -> None:
     config = tuner.TunerConfig()
-    assert [step for step in range(244, 3000) if tuner.restarts(step, config)] == [729, 1458, 2187, 2916]
-    steps = torch.arange(244, 3000)
-    assert (steps[tuner.restarts(steps, config)] == torch.tensor([729, 1458, 2187, 2916])).all()
+    expected = [1, 3, 9, 27, 81, *range(243, 3000, 9)]
+    assert [step for step in range(1, 3000) if tuner.restarts(step, config)] == expected
+    steps = torch.arange(1, 3000)
+    assert steps[tuner.restarts(steps, config)].tolist() == expected
 
 
 def test_a_skipped_step_does_not_count() -> None:
@@ -133,37 +133,59 @@ def scales_of(steps: int, product: Callable[[int], float]) -> list[float]:
     config = tuner.TunerConfig(s_init=1.0)
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
-        learning = tuner.is_learning(step, config)
-        state = tuner.update(state, torch.tensor(product(step)), betas, config, learning)
+        state = tuner.update(state, torch.tensor(product(step)), betas, config, tuner.stage(step, config))
         found.append(float(state.scales.sum()))
     return found
 
 
-def test_after_243_steps_the_scale_only_falls() -> None:
-    """However far downhill Δ points, and about as one over the root of the number of steps."""
-    scales = scales_of(4 * 243, lambda step: -1.0 - 0.5 * math.sin(step))
+def test_the_scale_rises_for_243_steps_and_stays_for_81() -> None:
+    """However far downhill Δ points."""
+    scales = scales_of(400, lambda step: -1.0)
     assert scales[242] > 2 * scales[121] > 100 * scales[20]
-    assert all(later < earlier for earlier, later in pairwise(scales[242:]))
-    assert scales[-1] / scales[242] == pytest.approx(0.5, rel=0.01)
+    assert set(scales[242:]) == {scales[242]}
+
+
+def test_after_that_it_falls_as_one_over_the_root_of_the_noisy_steps() -> None:
+    noise = torch.randn(16_324, generator=torch.Generator().manual_seed(0)).tolist()
+    scales = scales_of(len(noise), lambda step: noise[step - 1])
+    assert scales[4323] / scales[323] == pytest.approx(math.sqrt(81 / 4081), rel=0.2)
+    assert scales[-1] / scales[4323] == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("signal", "falls"), [(0.7, True), (1.4, False)])
+def test_it_stays_where_noise_is_the_smaller_half(signal: float, falls: bool) -> None:
+    noise = torch.randn(3000, generator=torch.Generator().manual_seed(0)).tolist()
+    for sign in (1, -1):
+        scales = scales_of(3000, lambda step, sign=sign: sign * signal + noise[step - 1])
+        assert (scales[-1] < scales[323] / 3) == falls
+        assert (scales[-1] > scales[323] / 1.3) != falls
+
+
+def test_it_comes_back_when_the_noise_is_over() -> None:
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    scales = scales_of(3000, lambda step: noise[step - 1] if step <= 1000 else 1.0)
+    assert scales[999] < scales[323] / 2
+    assert scales[-1] == pytest.approx(scales[323])
 
 
 def test_models_at_different_steps_are_tuned_in_one_call() -> None:
     config = tuner.TunerConfig(s_init=1.0)
     betas = torch.tensor(config.betas, dtype=torch.float64)
-    state = tuner.update(tuner.init(config), torch.tensor(-1.0), betas, config)
-    apart = [
-        tuner.update(state, torch.tensor(h), betas, config, learning) for h, learning in ((-2.0, True), (3.0, False))
-    ]
-    both = tuner.TunerState(*(torch.stack([tensor, tensor]) for tensor in state))
-    together = tuner.update(both, torch.tensor([-2.0, 3.0]), betas, config, torch.tensor([True, False]))
-    assert apart[0].scales.sum() > state.scales.sum() > apart[1].scales.sum()
-    for one, pair in zip(zip(*apart, strict=True), together, strict=True):
-        assert torch.equal(torch.stack(one), pair)
+    state = tuner.init(config)
+    for h, stage in ((-1.0, 0), (1.0, 1)):
+        state = tuner.update(state, torch.tensor(h), betas, config, stage)
+    products, stages = (-2.0, -2.0, -2.0), (0, 1, 2)
+    apart = [tuner.update(state, torch.tensor(h), betas, config, n) for h, n in zip(products, stages, strict=True)]
+    three = tuner.TunerState(*(torch.stack([tensor] * 3) for tensor in state))
+    together = tuner.update(three, torch.tensor(products), betas, config, torch.tensor(stages))
+    assert apart[0].scales.sum() > state.scales.sum() == apart[1].scales.sum() > apart[2].scales.sum()
+    for one, tensor in zip(zip(*apart, strict=True), together, strict=True):
+        assert torch.equal(torch.stack(one), tensor)
 
 
-def test_a_loss_that_explodes_after_243_steps_takes_the_scale_down() -> None:
-    steady, exploding = (scales_of(300, lambda step, high=high: -high if step > 250 else -1.0) for high in (1.0, 100.0))
-    assert steady[:250] == exploding[:250]
+def test_a_loss_that_explodes_takes_the_scale_down_even_if_all_of_h_is_signal() -> None:
+    steady, exploding = (scales_of(500, lambda step, high=high: -high if step > 350 else -1.0) for high in (1.0, 100.0))
+    assert steady[:350] == exploding[:350]
     assert exploding[-1] < steady[-1] / 20
 
 
@@ -202,7 +224,8 @@ def test_a_net_does_not_learn_the_noise(monkeypatch: pytest.MonkeyPatch) -> None
         return statistics.fmean(error_of_a_noisy_fit(seed, held_out=held_out) for seed in range(3))
 
     by_default, with_held_out = error(), error(held_out=True)
-    monkeypatch.setattr(tuner, "is_learning", lambda step, config: True)
+    monkeypatch.setattr(tuner, "stage", lambda step, config: 0)
+    monkeypatch.setattr(tuner, "restarts", lambda step, config: 729 % step == 0)
     with_noise = error()
     assert with_noise > 0.3
     assert by_default < with_noise / 2

@@ -25,7 +25,7 @@ from manic.functional import (
 )
 from manic.functional.tree import Number
 
-STEPS = 280  # beyond 243, after which the default rule bets no more
+STEPS = 360  # beyond 324, from where on the default rule's scale may fall
 
 
 def same_bits(tree, other):

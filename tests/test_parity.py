@@ -17,7 +17,7 @@ from problems import OPTIMIZERS, SCHEDULERS, backward, flat, make_net, relative_
 
 from manic import Mechanic, Updater
 
-STEPS = 280  # beyond 243, after which the default rule bets no more
+STEPS = 360  # beyond 324, from where on the default rule's scale may fall
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test

@@ -1,8 +1,8 @@
 """At which learning rate does h balance, and would it with an older displacement?
 
-Trains each task at fixed multiples of its tuned rate, with Δ restarting as in the default rule, and prints the mean of
-h over its standard deviation within stretches of the run: below 0 the tuner would raise the scale, above 0 lower it. A
-second and third line leave the last 4 and 16 updates out of Δ. See docs/quality.md.
+Trains each task at fixed multiples of its tuned rate, with Δ restarting whenever the number of steps has tripled, and
+prints the mean of h over its standard deviation within stretches of the run: below 0 the tuner would raise the scale,
+above 0 lower it. A second and third line leave the last 4 and 16 updates out of Δ. See docs/quality.md.
 
     python benchmarks/robustness/balance.py [--tasks NAME ...] [--bases NAME ...] [--schedules NAME ...]
 """
@@ -16,8 +16,6 @@ from ideas import SEEDS, STEPS
 from tasks import TASKS
 from torch import Tensor
 from train import GRIDS, SCHEDULES, Stack, base_step, factor
-
-from manic.tuner import TunerConfig, restarts
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 DELAYS = (0, 4, 16)
@@ -39,7 +37,7 @@ def products(stack: Stack, base: str, schedule: str, lr: float) -> Tensor:
         base_step(base, x, g, *state, lrs * factor(schedule, step, STEPS), step + 1)
         u = (x - before) / lrs
         delta, recent = delta + u, [*recent, u][-max(DELAYS) :]
-        if restarts(step + 1, TunerConfig()):
+        if 3**9 % (step + 1) == 0:
             delta, recent = torch.zeros_like(x), []
     return torch.stack(found)
 

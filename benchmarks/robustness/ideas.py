@@ -68,17 +68,21 @@ class Idea:
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
-        then: what that is. ``"sum"``: (10) and (11); ``"largest"``: the scale falls as one over the largest h so far;
-            ``"recent"``: as one over the root of the largest mean of h² over some T steps; ``"warm"``: bets go on while
-            the schedule's factor rises, then the scale stays; ``"mean"``: bets are on how h differs from its mean since
-            x_ref moved.
+        then: what that is. ``"noise"``: (10) to (12); ``"sum"``: the scale falls as one over the root of the sum of h²
+            since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
+            largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
+            scale stays; ``"mean"``: bets are on how h differs from its mean since x_ref moved.
+        gauges: steps after T in which h² is measured, and the scale stays.
+        short: steps between two moves of x_ref after T; 0: as before.
+        signal: what h_t h_{t-1} counts for in (11).
+        unusual: the root of its bound there, in the usual size of h.
         outlier: the most that the largest h grows by in a step.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
-        power: of the sums of h² in (11).
-        noise: half of the square of the difference from the h before takes the place of h² in (10).
-        shared: the schedule's decay since its highest factor counts as a part of the fall of (11).
+        power: of the sums of h² in (12).
+        noise: half of the square of the difference from the h before takes the place of h² in these sums.
+        shared: the schedule's decay since its highest factor counts as a part of the fall.
     """
 
     s_init: float | None = None
@@ -108,17 +112,21 @@ class Idea:
     until: float = 1.0
     fall: float = 0.0
     learns: float = tuner.LEARNS
-    then: str = "sum"
+    then: str = "noise"
+    gauges: int = tuner.GAUGES
+    short: int = tuner.SHORT
+    signal: float = 2.0
+    unusual: float = tuner.UNUSUAL
     outlier: float = math.inf
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
-    period: float = tuner.LONGEST
+    period: float = math.inf
     power: float = 0.5
     noise: bool = False
     shared: bool = False
 
 
-TRIPLING = Idea(learns=math.inf, period=math.inf)
+TRIPLING = Idea(learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
@@ -126,6 +134,7 @@ HALF = replace(DOUBLING, rescaled=0.5)
 FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
+FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -214,22 +223,29 @@ IDEAS = {
     "…, for 243 steps, then h less its mean within two": replace(LESS_MEAN, width=(2.0, 2.0)),
     "…, for 243 steps, then h less its mean within three": replace(LESS_MEAN, width=(3.0, 3.0)),
     "…, for 243 steps, then bets of 0": NO_BETS,
-    "…, for 243 steps, then as 1/√v": replace(TRIPLING, learns=243),
-    "**…, for 243 steps, then as 1/√v, Δ anew every 729: the default**": Idea(),
-    "the default, for 81 steps, Δ anew every 243": Idea(learns=81, period=243),
-    "the default, for 729 steps, Δ anew every 2187": Idea(learns=729, period=2187),
-    "the default, Δ anew every 243": Idea(period=243),
-    "the default, the schedule's decay counted": Idea(shared=True),
-    "the default, as 1/∛v": Idea(power=1 / 3),
-    "the default, as 1/∛v, the schedule's decay counted": Idea(power=1 / 3, shared=True),
-    "the default, the noise of h": Idea(noise=True),
-    "the default, the noise of h, Δ anew every 243": Idea(noise=True, period=243),
-    "the default, as 1/max |h|": Idea(then="largest"),
-    "the default, as 1/max |h|, by no more than 1/1.1 a step": Idea(then="largest", outlier=1.1),
-    "the default, as one over the largest mean of h²": Idea(then="recent"),
-    "the default, bets while a warmup goes on, then none": Idea(then="warm"),
-    "the default, h less its mean": Idea(then="mean", memory=0.9),
-    "the default, with bets": Idea(learns=math.inf),
+    "…, for 243 steps, then as 1/√v": replace(FALLING, period=math.inf),
+    "tripling, for 243 steps, then as 1/√v, Δ anew every 729": FALLING,
+    "…, for 81 steps, Δ anew every 243": replace(FALLING, learns=81, period=243),
+    "…, for 729 steps, Δ anew every 2187": replace(FALLING, learns=729, period=2187),
+    "…, Δ anew every 243": replace(FALLING, period=243),
+    "…, the schedule's decay counted": replace(FALLING, shared=True),
+    "…, as 1/∛v": replace(FALLING, power=1 / 3),
+    "…, as 1/∛v, the schedule's decay counted": replace(FALLING, power=1 / 3, shared=True),
+    "…, the noise of h": replace(FALLING, noise=True),
+    "…, the noise of h, Δ anew every 243": replace(FALLING, noise=True, period=243),
+    "…, as 1/max |h|": replace(FALLING, then="largest"),
+    "…, as 1/max |h|, by no more than 1/1.1 a step": replace(FALLING, then="largest", outlier=1.1),
+    "…, as one over the largest mean of h²": replace(FALLING, then="recent"),
+    "…, bets while a warmup goes on, then none": replace(FALLING, then="warm"),
+    "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
+    "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
+    "the default, to the power of 3/4": Idea(power=0.75),
+    "the default, to the power of 1": Idea(power=1.0),
+    "the default, the signal counts once": Idea(signal=1.0),
+    "the default, Δ anew every 27": Idea(short=27),
+    "the default, 243 steps to measure": Idea(gauges=243),
+    "the default, unbounded": Idea(unusual=math.inf),
+    "tripling, Δ anew every 729": replace(TRIPLING, period=729),
 }
 
 
@@ -253,7 +269,8 @@ class Tuner:
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
         self.mean = self.mean_square = self.before = self.late = self.most = torch.zeros_like(self.start)
-        self.count = 0
+        self.count = self.after = 0
+        self.gauge = torch.zeros_like(self.start)
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
@@ -310,6 +327,14 @@ class Tuner:
         idea, total = self.idea, self.v[..., -1:]
         if idea.then == "warm":
             return torch.ones_like(h)
+        if idea.then == "noise":
+            self.after += 1
+            if self.after <= idea.gauges:
+                self.gauge = self.gauge + h**2
+            else:
+                signal = torch.minimum(h * before, idea.unusual**2 / idea.gauges * self.gauge)
+                self.late = (self.late + h**2 - idea.signal * signal).clamp(min=0)
+            return torch.where(self.late > 0, self.gauge / (self.gauge + self.late), 1) ** idea.power
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
             self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))
@@ -338,7 +363,9 @@ class Tuner:
         if self.idea.recentre == "never" or step < self.turn:
             return False
         self.turn = step + self.idea.first
-        if self.idea.recentre == "growing":
+        if self.idea.short and step >= self.idea.learns:
+            self.turn = step + self.idea.short
+        elif self.idea.recentre == "growing":
             self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period)
         if self.idea.ceiling and step >= 81:
             self.limit = self.idea.ceiling * self.largest

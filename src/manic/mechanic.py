@@ -153,9 +153,9 @@ class Mechanic:
 
         # A replay of a CUDA graph runs no Python: there the device counts, and decides.
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
-        learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
+        stage, restart = tuner.stage(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning)
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, stage)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -266,11 +266,11 @@ def _is_captured(scale: Tensor) -> bool:
 
 
 def _tune(
-    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, learning: bool | Tensor
+    sums: Sums, scale: Tensor, state: TunerState, betas: Tensor, config: TunerConfig, stage: int | Tensor
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning)
+    after = tuner.update(state, h, betas, config, stage)
     after = TunerState(*(torch.where(finite, new, old) for new, old in zip(after, state, strict=True)))
     return h, finite, after, after.scales.sum()

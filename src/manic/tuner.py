@@ -15,9 +15,13 @@ and, under the rule ``manic`` only::
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after t = 1, 3, 9, …, 3T, 6T, … (9)  in `restarts`
-    v_t     = v_{t-1} + h_t²                                (10) and (11) for (2) to (6) if t > T
-    s_{t+1} = s_t sqrt(max_i v_{t-1,i} / max_i v_{t,i})     (11)
+    Δ_{t+1} ← 0             after t = 1, 3, 9, …, T         (9)  in `restarts`; then every 9 steps
+
+and for (2) to (6), once t > T::
+
+    q_t = q_{t-1} + h_t²                                    (10) if t ≤ T + 81, or else
+    z_t = max(0, z_{t-1} + h_t² - 2 min(h_t h_{t-1}, q/9))  (11)
+    s_{t+1} = s_t sqrt((q + z_{t-1}) / (q + z_t))           (12)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -26,6 +30,8 @@ s       ``scales``       (..., n)   one scale per β; their sum is the scale in 
 r       ``reward``       (..., n)   what betting s against h has earned
 m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
+q       ``gauge``        (..., n)   sum of h² over the first 81 steps after T
+z       ``noise``        (..., n)   what of h² since then is noise, less what is not
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -58,19 +64,22 @@ What each rule does that the paper as printed does not:
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The displacement starts again from zero whenever the number of steps has tripled, or 3T steps have passed (9); the
-    tuner goes on. Summed from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill,
-    which it is long after steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says
-    that the steps from there on were too short.
+  - The displacement starts again from zero whenever the number of steps has tripled (9); the tuner goes on. Summed from
+    the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is long after steps
+    have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the steps from there on
+    were too short.
   - When the scale changes, half of what the updates since then would have done at the new scale is made up for (7').
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T = 243 steps there are no more bets, (10) and (11). By then s has found its order of magnitude, and what h
-    goes on to say is less about the rate than about the data: a net that learns its rows by heart is told to go faster
-    at every step, and a noisy one to go slower. From there on s falls as the sum of h² grows (v of the longest memory),
-    like the rate of AdaGrad-Norm (Ward, Wu and Bottou 2019): as 1/√t while h is of one size, and more if a warmup goes
-    on or the loss explodes.
+  - After T = 243 steps there are no more bets. By then s has found its order of magnitude, and what h goes on to say is
+    less about the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and
+    a noisy one to go slower. On smooth losses a rate should fall as 1/√t where gradients are noise, and stay where they
+    are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
+    the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
+    elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
+    whatever it is that the net learns; q, the sum of h² over 81 steps (10), says how much of z is one step's. Signal
+    is taken for (3h)² at most, h of its usual size: s falls in a warmup that goes on, and where the loss explodes.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -91,7 +100,9 @@ FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T
-LONGEST = 3 * LEARNS  # steps that Δ sums up, at most
+GAUGES = 81  # steps after T in which s stays
+SHORT = 9  # steps that Δ sums up from T on
+UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +159,16 @@ class TunerConfig:
 
 
 class TunerState(NamedTuple):
-    """What the tuner remembers: five tensors of shape (..., n), see the module's table."""
+    """What the tuner remembers: tensors of shape (..., n), see the module's table; `last` is h_{t-1} once t > T."""
 
     scales: Tensor
     reward: Tensor
     max_product: Tensor
     sum_squares: Tensor
     start: Tensor
+    gauge: Tensor
+    noise: Tensor
+    last: Tensor
 
 
 class Sums(NamedTuple):
@@ -182,7 +196,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         s = start.clone()
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, zero.clone(), m, zero, start)
+    return TunerState(s, zero.clone(), m, zero.clone(), start, zero.clone(), zero.clone(), zero)
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
@@ -212,15 +226,20 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     """Whether (9) applies after a step, counted from 1; of a number, or element by element of an int64 tensor.
 
     Example:
-        >>> [step for step in range(1, 1000) if restarts(step, TunerConfig())]
-        [1, 3, 9, 27, 81, 243, 729]
+        >>> [step for step in range(1, 270) if restarts(step, TunerConfig())]
+        [1, 3, 9, 27, 81, 243, 252, 261]
     """
-    return config.rule == "manic" and (LONGEST % step == 0) | (step % LONGEST == 0)
+    return config.rule == "manic" and (LEARNS % step == 0) | ((step > LEARNS) & (step % SHORT == 0))
 
 
-def is_learning(step: Any, config: TunerConfig) -> Any:
-    """Whether a step, counted from 1, has bets, (2) to (6), or not, (10) and (11); types as for `restarts`."""
-    return config.rule != "manic" or step <= LEARNS
+def stage(step: Any, config: TunerConfig) -> Any:
+    """What a step, counted from 1, does: 0 for (2) to (6), 1 for (10), 2 for (11) and (12); types as for `restarts`.
+
+    Example:
+        >>> [stage(step, TunerConfig()) for step in (243, 244, 324, 325)]
+        [0, 1, 1, 2]
+    """
+    return (config.rule == "manic") * (1 * (step > LEARNS) + (step > LEARNS + GAUGES))
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -246,20 +265,18 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     return sums.delta_grad + weight * sums.grad_square.sqrt() * sums.delta_param / norm_x
 
 
-def update(
-    state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, learning: bool | Tensor = True
-) -> TunerState:
-    """One step of the tuner, equations (2) to (6), or (10) and (11) after T. Pure: the arguments are not written.
+def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, stage: int | Tensor = 0) -> TunerState:
+    """One step of the tuner, equations (2) to (6), or (10) to (12) after T. Pure: the arguments are not written.
 
     Args:
-        state: s_t, r_{t-1}, m_{t-1}, v_{t-1}, s_init / n, each of shape (..., n).
+        state: s_t and all else of step t - 1, each of shape (..., n).
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
-        learning: from `is_learning`; a tensor is of shape (...).
+        stage: from `stage`; a tensor is of shape (...).
 
     Returns:
-        s_{t+1}, r_t, m_t, v_t, s_init / n.
+        s_{t+1} and all else of step t.
 
     Example:
         >>> config = TunerConfig(s_init=1e-6)
@@ -271,15 +288,16 @@ def update(
         True
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
-    if not isinstance(learning, Tensor):
-        return _bet(state, h, betas, config) if learning else _settle(state, h)
-    both = zip(_bet(state, h, betas, config), _settle(state, h), strict=True)
-    return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
+    if not isinstance(stage, Tensor):
+        return _bet(state, h, betas, config) if stage == 0 else _gauge(state, h) if stage == 1 else _settle(state, h)
+    stages = stage.unsqueeze(-1) == 0, stage.unsqueeze(-1) == 1
+    each = zip(_bet(state, h, betas, config), _gauge(state, h), _settle(state, h), strict=True)
+    return TunerState(*(torch.where(stages[0], bet, torch.where(stages[1], g, s)) for bet, g, s in each))
 
 
 def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
     """(2) to (6)."""
-    s, r, m, v, start = state
+    s, r, m, v, start, *_ = state
     bet = h
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
@@ -300,15 +318,21 @@ def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> Tu
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    return TunerState(_capped(s, config), r, m, v, start)
+    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v)
+
+
+def _gauge(state: TunerState, h: Tensor) -> TunerState:
+    """(10)."""
+    return state._replace(gauge=state.gauge + h**2, last=h.expand_as(state.last))
 
 
 def _settle(state: TunerState, h: Tensor) -> TunerState:
-    """(10) and (11)."""
-    v = state.sum_squares + h**2  # (10)
-    before, after = state.sum_squares.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
-    fall = torch.where(before > 0, before / after, 1).sqrt()
-    return state._replace(scales=state.scales * fall, sum_squares=v)  # (11)
+    """(11) and (12)."""
+    q, z, last = state.gauge, state.noise, state.last
+    signal = torch.minimum(h * last, UNUSUAL**2 / GAUGES * q)
+    after = (z + h**2 - 2 * signal).clamp(min=0)  # (11)
+    fall = torch.where(q + z > 0, (q + z) / (q + after), 1).sqrt()
+    return state._replace(scales=state.scales * fall, noise=after, last=h.expand_as(last))  # (12)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

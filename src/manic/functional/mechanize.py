@@ -108,7 +108,7 @@ def mechanize(
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
-        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.is_learning(steps, constants))
+        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.stage(steps, constants))
         if constants.s_init is None:
             tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
         next_scale = tuned.scales.sum(-1)

@@ -160,7 +160,7 @@ def test_it_oscillates_if_it_turns_often_before_two_checks(first: int, second: i
             scales = [0.1, 0.9, 0.6, 1.0, *(1.0 if turn % 2 else 0.4 for turn in range(turns))]
             scales += scales[-1:] * (WINDOW - len(scales))
             for step, scale in enumerate(scales, check - WINDOW + 1):
-                state = TunerState(torch.tensor([scale]), *(one[None],) * 4)
+                state = TunerState(torch.tensor([scale]), *(one[None],) * (len(TunerState._fields) - 1))
                 diagnosis.watch(step, state, Sums(one, one, one, one), 1.0, 0)
     assert len(caught) == (first >= TURNS <= second)
 

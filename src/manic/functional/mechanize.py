@@ -20,7 +20,7 @@ class MechanizeState(NamedTuple):
     """What a mechanized stepper remembers.
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
-    parameters; ``tuner`` has five tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
+    parameters; ``tuner`` has tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
     counts the steps that were not skipped.
     """
 

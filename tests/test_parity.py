@@ -18,6 +18,7 @@ from problems import OPTIMIZERS, SCHEDULERS, backward, flat, make_net, relative_
 from manic import Mechanic, Updater
 
 STEPS = 360  # beyond 324, from where on the default rule's scale may fall
+BATCHES = 500  # of which held-out ones come after these
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test
@@ -42,17 +43,20 @@ def run_manic(
 ) -> tuple[torch.Tensor, float]:
     """With ``held_out``, the scale is learned from other batches, at every so many steps."""
     model = make_net()
-    start, hs = flat(model), []
+    start, hs, scales = flat(model), [], []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
     mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
         if held_out and step % held_out == 0:
-            backward(model, 500 + step)
+            backward(model, BATCHES + step)
             mechanic.step()
         backward(model, step)
         mechanic.step(tune=not held_out)
         updater.step()
+        scales.append(float(mechanic.scale))
+    if rule == "manic":
+        assert min(scales[324:]) < 0.995 * scales[323]
     assert_moved(start, flat(model), hs, float(mechanic.scale))
     return flat(model), float(mechanic.scale)
 
@@ -69,7 +73,7 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]], held
     for step in range(STEPS):
         g = None
         if held_out and step % held_out == 0:
-            backward(model, 500 + step)
+            backward(model, BATCHES + step)
             g = gradient(model).tolist()
         backward(model, step)
         x = flat(model)

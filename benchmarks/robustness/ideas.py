@@ -268,9 +268,9 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
-        self.mean = self.mean_square = self.before = self.late = self.most = torch.zeros_like(self.start)
-        self.count = self.after = 0
-        self.gauge = torch.zeros_like(self.start)
+        self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
+        self.gauge = self.late = self.most = self.before
+        self.count = 0
         self.highest = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
@@ -304,8 +304,9 @@ class Tuner:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
         before, self.before = self.before, h
+        self.count += 1
         rises, self.highest = part > self.highest, max(self.highest, part)
-        if self.count >= idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
+        if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             self.scale = (self.fall(h, before, part) * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
@@ -328,8 +329,7 @@ class Tuner:
         if idea.then == "warm":
             return torch.ones_like(h)
         if idea.then == "noise":
-            self.after += 1
-            if self.after <= idea.gauges:
+            if self.count <= idea.learns + idea.gauges:
                 self.gauge = self.gauge + h**2
             else:
                 signal = torch.minimum(h * before, idea.unusual**2 / idea.gauges * self.gauge)
@@ -351,7 +351,6 @@ class Tuner:
         """What is bet on, before it is clipped."""
         self.mean = torch.lerp(h, self.mean, self.idea.memory)
         self.mean_square = torch.lerp(h**2, self.mean_square, self.idea.memory)
-        self.count += 1
         if self.count <= self.idea.learns or self.idea.then == "warm":
             return h
         deviation = (self.mean_square - self.mean**2).clamp(min=1e-300).sqrt()

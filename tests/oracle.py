@@ -27,13 +27,13 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.gauge = self.noise = self.last = 0.0
+        self.gauge = self.level = self.peak = self.noise = self.last = 0.0
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
         scale = sum(self.s)
         if g is not None:
-            self._tune(x, g)
+            self._tune(x, g, factor)
         if self.s_init is None:
             size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
             self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
@@ -47,7 +47,7 @@ class Oracle:
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
 
-    def _tune(self, x: list[float], g: list[float]) -> None:
+    def _tune(self, x: list[float], g: list[float], factor: float) -> None:
         norm_g, norm_x = math.sqrt(dot(g, g)), math.sqrt(dot(x, x))
         if self.rule in ("paper", "manic"):
             direction = [xi / norm_x for xi in x] if norm_x > 0 else x
@@ -58,13 +58,16 @@ class Oracle:
         if self.rule == "manic" and self.steps >= 243:  # before this step
             if self.steps < 324:
                 self.gauge += h**2
+                self.level += factor**2 / 81
             else:
-                signal = min(h * self.last, self.gauge / 9)
+                gauge = self.gauge * self.peak**2 / self.level
+                signal = min(h * self.last, gauge / 9)
                 noise = max(0.0, self.noise + h**2 - 2 * signal)
-                fall = math.sqrt((self.gauge + self.noise) / (self.gauge + noise))
+                fall = math.sqrt((gauge + self.noise) / (gauge + noise))
                 self.s, self.noise = [s * fall for s in self.s], noise
             self.last = h
             return
+        self.peak = max(self.peak, factor)
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

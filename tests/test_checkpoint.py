@@ -210,7 +210,7 @@ def test_refused_states() -> None:
     plain = {**state, "lr_scheduler": None, "kinds": {"optimizer": "AdamW", "lr_scheduler": None}}
     with pytest.raises(ValueError, match="saved with store_delta=True"):
         updater(store_delta=False).load_state_dict(plain)
-    with pytest.raises(ValueError, match="version 99; this release reads version 4"):
+    with pytest.raises(ValueError, match="version 99; this release reads version 5"):
         updater().load_state_dict({**plain, "version": 99})
     with pytest.raises(ValueError, match=r"lacks version.*expected what Updater.state_dict\(\) returns"):
         updater().load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())

@@ -128,12 +128,15 @@ def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: st
     assert max(relative_difference(end, ends[0]) for end in ends) < 1e-6
 
 
-def scales_of(steps: int, product: Callable[[int], float]) -> list[float]:
-    """The scale after each step, if h in step t is ``product(t)``."""
+def scales_of(
+    steps: int, product: Callable[[int], float], factor: Callable[[int], float] = lambda step: 1.0
+) -> list[float]:
+    """The scale after each step, if h in step t is ``product(t)``, and the schedule's factor ``factor(t)``."""
     config = tuner.TunerConfig(s_init=1.0)
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
-        state = tuner.update(state, torch.tensor(product(step)), betas, config, tuner.stage(step, config))
+        h, stage = torch.tensor(product(step)), tuner.stage(step, config)
+        state = tuner.update(state, h, betas, config, stage, factor(step))
         found.append(float(state.scales.sum()))
     return found
 
@@ -187,6 +190,57 @@ def test_a_loss_that_explodes_takes_the_scale_down_even_if_all_of_h_is_signal() 
     steady, exploding = (scales_of(500, lambda step, high=high: -high if step > 350 else -1.0) for high in (1.0, 100.0))
     assert steady[:350] == exploding[:350]
     assert exploding[-1] < steady[-1] / 20
+
+
+def test_h_is_measured_as_of_the_rate_that_the_scale_was_learned_at() -> None:
+    """Not as of a rate that has decayed just then and comes back, as with warm restarts."""
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    low = dict.fromkeys(range(244, 325), 0.05)
+    constant = scales_of(1000, lambda step: noise[step - 1])
+    dips = scales_of(1000, lambda step: low.get(step, 1.0) * noise[step - 1], lambda step: low.get(step, 1.0))
+    unseen = scales_of(1000, lambda step: low.get(step, 1.0) * noise[step - 1])
+    assert dips == pytest.approx(constant, rel=0.05)  # but for the h just before they end
+    assert constant[-1] < constant[323] / 2
+    assert unseen[-1] < constant[-1] / 10
+
+
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
+def test_warm_restarts_leave_the_scale_as_it_is(lr: float | torch.Tensor) -> None:
+    """The schedule is near its bottom while h is gauged, in steps 244 to 324."""
+    left = []
+    for make_schedule in (
+        lambda base: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(base, 330),
+        lambda base: torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 1)
+        base = torch.optim.SGD(model.parameters(), lr=lr)
+        updater = Updater(base, make_schedule(base))
+        mechanic = Mechanic(updater)
+        for step in range(990):
+            if step == 324:
+                gauged = float(mechanic.scale)
+            x = torch.randn(4, 8)
+            updater.zero_grad()
+            (model(x) - x.sum(1, keepdim=True) - torch.randn(4, 1)).square().mean().backward()
+            mechanic.step()
+            updater.step()
+        left.append(float(mechanic.scale) / gauged)
+    assert left[0] == pytest.approx(left[1], rel=0.5)
+    assert 0.2 < left[1] < 0.7
+
+
+def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:
+    """As in a warmup that goes on."""
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+    def factor(step: int) -> float:
+        return 1.0 if step <= 350 else 10.0
+
+    constant = scales_of(1000, lambda step: noise[step - 1])
+    rising = scales_of(1000, lambda step: factor(step) * noise[step - 1], factor)
+    assert rising[:350] == pytest.approx(constant[:350])
+    assert constant[-1] / 20 < rising[-1] < constant[-1] / 8
 
 
 def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:

@@ -65,7 +65,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
 
     theirs = {key: leaf.clone().requires_grad_() for key, leaf in start.items()}
     optimizer = reference(theirs.values(), **options)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1.5 * STEPS)
     updater = manic.Updater(optimizer, scheduler, internal_lr=None)
     log = []
     mechanic = manic.Mechanic(updater, **tuner, log_func=lambda row: log.append((float(row["s"]), float(row["h"]))))
@@ -88,7 +88,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
     if "rule" not in tuner:
-        assert min(scales[326:]) < 0.9999 * scales[325]  # a million times the tolerance; two steps were skipped
+        assert min(scales[326:]) < (1 - 1e-5) * scales[325]  # 10⁵ times the tolerance; two steps were skipped
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 
@@ -100,7 +100,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     done = 0
     for t in range(STEPS):
         grads = spoiled(torch.func.grad(loss)(ours, t), t)
-        lr = config.lr * schedules.cosine(done / STEPS)
+        lr = config.lr * schedules.cosine(done / (1.5 * STEPS))
         new, new_state = step(ours, grads, state, replace(config, lr=lr))
         if t in (20, 21):
             assert same_bits((new, new_state), (ours, state))

@@ -271,7 +271,7 @@ class Tuner:
         self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
         self.count = 0
-        self.highest = 0.0
+        self.highest = self.peak = self.level = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
 
@@ -306,6 +306,7 @@ class Tuner:
         before, self.before = self.before, h
         self.count += 1
         rises, self.highest = part > self.highest, max(self.highest, part)
+        self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             self.scale = (self.fall(h, before, part) * self.s).sum(-1)
             return self.scale
@@ -330,11 +331,12 @@ class Tuner:
             return torch.ones_like(h)
         if idea.then == "noise":
             if self.count <= idea.learns + idea.gauges:
-                self.gauge = self.gauge + h**2
-            else:
-                signal = torch.minimum(h * before, idea.unusual**2 / idea.gauges * self.gauge)
-                self.late = (self.late + h**2 - idea.signal * signal).clamp(min=0)
-            return torch.where(self.late > 0, self.gauge / (self.gauge + self.late), 1) ** idea.power
+                self.gauge, self.level = self.gauge + h**2, self.level + part**2
+                return torch.ones_like(h)
+            usual = self.gauge * self.peak**2 / self.level
+            signal = torch.minimum(h * before, idea.unusual**2 * usual)
+            self.late = (self.late + h**2 - idea.signal * signal).clamp(min=0)
+            return torch.where(self.late > 0, idea.gauges / (idea.gauges + self.late / usual), 1) ** idea.power
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
             self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))

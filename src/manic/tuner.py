@@ -19,9 +19,9 @@ and, under the rule ``manic`` only::
 
 and for (2) to (6), once t > T::
 
-    q_t = q_{t-1} + h_t²                                    (10) if t ≤ T + 81, or else
-    z_t = max(0, z_{t-1} + h_t² - 2 min(h_t h_{t-1}, q/9))  (11)
-    s_{t+1} = s_t sqrt((q + z_{t-1}) / (q + z_t))           (12)
+    q_t = q_{t-1} + h_t²,  p_t = p_{t-1} + f_t²             (10) if t ≤ T + 81, or else, with Q = 81 q F²/p,
+    z_t = max(0, z_{t-1} + h_t² - 2 min(h_t h_{t-1}, Q/9))  (11)
+    s_{t+1} = s_t sqrt((Q + z_{t-1}) / (Q + z_t))           (12)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -31,6 +31,8 @@ r       ``reward``       (..., n)   what betting s against h has earned
 m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
 q       ``gauge``        (..., n)   sum of h² over the first 81 steps after T
+p       ``level``        (..., n)   sum of f² over these
+F       ``peak``         (..., n)   the highest f up to step T
 z       ``noise``        (..., n)   what of h² since then is noise, less what is not
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
@@ -78,8 +80,9 @@ What each rule does that the paper as printed does not:
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
     the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
     elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
-    whatever it is that the net learns; q, the sum of h² over 81 steps (10), says how much of z is one step's. Signal
-    is taken for (3h)² at most, h of its usual size: s falls in a warmup that goes on, and where the loss explodes.
+    whatever it is that the net learns; Q, the sum of h² over 81 steps (10), as of the rate that s was learned at, says
+    how much of z is one step's. Signal is taken for (3h)² at most, h of its usual size: s falls in a warmup that goes
+    on, and where the loss explodes.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -169,6 +172,8 @@ class TunerState(NamedTuple):
     gauge: Tensor
     noise: Tensor
     last: Tensor
+    peak: Tensor
+    level: Tensor
 
 
 class Sums(NamedTuple):
@@ -196,7 +201,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         s = start.clone()
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, zero.clone(), m, zero.clone(), start, zero.clone(), zero.clone(), zero)
+    return TunerState(s, zero.clone(), m, zero.clone(), start, *(zero.clone() for _ in range(5)))
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
@@ -265,7 +270,14 @@ def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     return sums.delta_grad + weight * sums.grad_square.sqrt() * sums.delta_param / norm_x
 
 
-def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, stage: int | Tensor = 0) -> TunerState:
+def update(
+    state: TunerState,
+    h: Tensor,
+    betas: Tensor,
+    config: TunerConfig,
+    stage: int | Tensor = 0,
+    factor: float | Tensor = 1.0,
+) -> TunerState:
     """One step of the tuner, equations (2) to (6), or (10) to (12) after T. Pure: the arguments are not written.
 
     Args:
@@ -274,6 +286,7 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, sta
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
         stage: from `stage`; a tensor is of shape (...).
+        factor: f_t, a number or of shape (...).
 
     Returns:
         s_{t+1} and all else of step t.
@@ -288,15 +301,18 @@ def update(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig, sta
         True
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
+    f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
     if not isinstance(stage, Tensor):
-        return _bet(state, h, betas, config) if stage == 0 else _gauge(state, h) if stage == 1 else _settle(state, h)
+        if stage == 0:
+            return _bet(state, h, f, betas, config)
+        return _gauge(state, h, f) if stage == 1 else _settle(state, h)
     stages = stage.unsqueeze(-1) == 0, stage.unsqueeze(-1) == 1
-    each = zip(_bet(state, h, betas, config), _gauge(state, h), _settle(state, h), strict=True)
+    each = zip(_bet(state, h, f, betas, config), _gauge(state, h, f), _settle(state, h), strict=True)
     return TunerState(*(torch.where(stages[0], bet, torch.where(stages[1], g, s)) for bet, g, s in each))
 
 
-def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
-    """(2) to (6)."""
+def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """(2) to (6), and F."""
     s, r, m, v, start, *_ = state
     bet = h
     if config.rule in ("optax", "manic"):
@@ -318,17 +334,19 @@ def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> Tu
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v)
+    peak = torch.maximum(state.peak, f)
+    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
 
 
-def _gauge(state: TunerState, h: Tensor) -> TunerState:
+def _gauge(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
     """(10)."""
-    return state._replace(gauge=state.gauge + h**2, last=h.expand_as(state.last))
+    return state._replace(gauge=state.gauge + h**2, level=state.level + f**2, last=h.expand_as(state.last))
 
 
 def _settle(state: TunerState, h: Tensor) -> TunerState:
     """(11) and (12)."""
-    q, z, last = state.gauge, state.noise, state.last
+    z, last = state.noise, state.last
+    q = torch.where(state.level > 0, state.gauge * GAUGES * state.peak**2 / state.level, state.gauge)
     signal = torch.minimum(h * last, UNUSUAL**2 / GAUGES * q)
     after = (z + h**2 - 2 * signal).clamp(min=0)  # (11)
     fall = torch.where(q + z > 0, (q + z) / (q + after), 1).sqrt()

@@ -19,7 +19,7 @@ from manic.displacement import Displacement, wide
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
@@ -409,6 +409,17 @@ class Updater:
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
+
+    def _factor(self) -> Tensor:
+        """The largest learning rate of the coming base step, over the largest initial one (with `internal_lr`); 0-d."""
+        host, device = [], []
+        for group in self.param_groups:
+            rate = group["lr"]
+            (device if isinstance(rate, Tensor) and rate.device.type != "cpu" else host).append(rate)
+        factor = torch.full_like(self._scale, max(map(float, host), default=0.0))
+        for rate in device:
+            factor = torch.maximum(factor, rate.to(factor).reshape(()))
+        return factor * self._unit
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""

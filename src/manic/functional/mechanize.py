@@ -108,9 +108,10 @@ def mechanize(
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
-        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.stage(steps, constants))
+        factor = getattr(config, "lr", lr) / lr
+        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.stage(steps, constants), factor)
         if constants.s_init is None:
-            tuned = _begun(tuned, params, tentative, getattr(config, "lr", lr) / lr, constants)
+            tuned = _begun(tuned, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)
         restart = torch.as_tensor(tuner.restarts(steps, constants))
         old, new = constants.rescaled * scale, constants.rescaled * next_scale

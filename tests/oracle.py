@@ -56,16 +56,17 @@ class Oracle:
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         if self.rule == "manic" and self.steps >= 243:  # before this step
+            before, self.peak = self.peak, max(self.peak, factor)
+            fall, last, self.last = before / self.peak, self.last, h / self.peak
             if self.steps < 324:
                 self.gauge += h**2
                 self.level += factor**2 / 81
             else:
-                gauge = self.gauge * self.peak**2 / self.level
-                signal = min(h * self.last, gauge / 9)
-                noise = max(0.0, self.noise + h**2 - 2 * signal)
-                fall = math.sqrt((gauge + self.noise) / (gauge + noise))
-                self.s, self.noise = [s * fall for s in self.s], noise
-            self.last = h
+                gauge = self.gauge / self.level
+                noise = max(0.0, self.noise + self.last**2 - 2 * min(self.last * last, gauge / 9))
+                fall *= math.sqrt((gauge + self.noise) / (gauge + noise))
+                self.noise = noise
+            self.s = [s * fall for s in self.s]
             return
         self.peak = max(self.peak, factor)
         for i, beta in enumerate(self.betas):

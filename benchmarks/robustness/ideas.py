@@ -25,7 +25,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import LONG_WARMUP, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
+from train import FOR_IDEAS, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -74,6 +74,9 @@ class Idea:
             scale stays; ``"mean"``: bets are on how h differs from its mean since x_ref moved.
         gauges: steps after T in which h² is measured, and the scale stays.
         short: steps between two moves of x_ref after T; 0: as before.
+        evens: what h is divided by the schedule's factor for: (10) alone (``"gauge"``), ``"all"`` after T up to the
+            highest before it, or ``"nothing"``.
+        holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
         outlier: the most that the largest h grows by in a step.
@@ -115,6 +118,8 @@ class Idea:
     then: str = "noise"
     gauges: int = tuner.GAUGES
     short: int = tuner.SHORT
+    evens: str = "gauge"
+    holds: bool = True
     signal: float = 2.0
     unusual: float = tuner.UNUSUAL
     outlier: float = math.inf
@@ -239,6 +244,9 @@ IDEAS = {
     "…, bets while a warmup goes on, then none": replace(FALLING, then="warm"),
     "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
     "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
+    "the default, long warmups not held": Idea(holds=False),
+    "the default, h gauged as it comes": Idea(evens="nothing", holds=False),
+    "the default, h over the schedule's factor": Idea(evens="all", holds=False),
     "the default, to the power of 3/4": Idea(power=0.75),
     "the default, to the power of 1": Idea(power=1.0),
     "the default, the signal counts once": Idea(signal=1.0),
@@ -271,7 +279,7 @@ class Tuner:
         self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
         self.count = 0
-        self.highest = self.peak = self.level = 0.0
+        self.highest = self.peak = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
 
@@ -303,12 +311,18 @@ class Tuner:
     def update(self, h: Tensor, part: float) -> Tensor:
         """The next scale of every group, from h and the schedule's factor."""
         idea, h = self.idea, h.unsqueeze(-1)
+        if idea.evens == "all" and h.any():  # else Δ starts again
+            h = h * self.peak / min(self.peak, self.recent) if self.count >= idea.learns else h
+            self.recent = max(self.recent, part)
+        else:
+            self.recent = part
         before, self.before = self.before, h
         self.count += 1
         rises, self.highest = part > self.highest, max(self.highest, part)
         self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
-            self.scale = (self.fall(h, before, part) * self.s).sum(-1)
+            held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
+            self.scale = (held * self.fall(h, before, part, held) * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
@@ -324,18 +338,19 @@ class Tuner:
         self.largest = torch.maximum(self.largest, self.scale)
         return self.scale
 
-    def fall(self, h: Tensor, before: Tensor, part: float) -> Tensor:
-        """What of the scale is left after T, from h, the one before and the schedule's factor."""
+    def fall(self, h: Tensor, before: Tensor, part: float, held: float) -> Tensor:
+        """What of the scale is left after T, from h, the one before, the schedule's factor, and what is done to it."""
         idea, total = self.idea, self.v[..., -1:]
         if idea.then == "warm":
             return torch.ones_like(h)
         if idea.then == "noise":
+            self.before = held * h
             if self.count <= idea.learns + idea.gauges:
                 self.gauge, self.level = self.gauge + h**2, self.level + part**2
                 return torch.ones_like(h)
-            usual = self.gauge * self.peak**2 / self.level
-            signal = torch.minimum(h * before, idea.unusual**2 * usual)
-            self.late = (self.late + h**2 - idea.signal * signal).clamp(min=0)
+            usual = self.gauge * (self.peak**2 / self.level if idea.evens == "gauge" else 1 / idea.gauges)
+            signal = torch.minimum(self.before * before, idea.unusual**2 * usual)
+            self.late = (self.late + self.before**2 - idea.signal * signal).clamp(min=0)
             return torch.where(self.late > 0, idea.gauges / (idea.gauges + self.late / usual), 1) ** idea.power
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
@@ -459,7 +474,7 @@ def main() -> None:
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
-    parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, LONG_WARMUP), default=SCHEDULES)
+    parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, *FOR_IDEAS), default=SCHEDULES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")

@@ -64,7 +64,8 @@ def lr_of(half_decades: int) -> float:
 # The ends of the base optimizers' grids, in half decades.
 GRIDS = {"adamw": (-10, 0), "sgd": (-8, 2), "adam": (-10, 0), "rmsprop": (-11, -1), "lion": (-12, -2)}
 SCHEDULES = ("constant", "cosine", "linear")
-LONG_WARMUP = "long warmup"  # for ideas only
+LONG_WARMUP, RESTARTS = FOR_IDEAS = "long warmup", "warm restarts"
+CYCLE = 330  # steps from one restart to the next: the tuner gauges h in the last of the first
 
 
 def grid(base: str) -> list[float]:
@@ -81,6 +82,8 @@ def factor(schedule: str, step: int, steps: int) -> float:
         return 1 - step / steps
     if schedule == LONG_WARMUP:
         return min(1.0, (step + 1) / (0.4 * steps))
+    if schedule == RESTARTS:
+        return 0.5 * (1 + math.cos(math.pi * (step % CYCLE) / CYCLE))
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

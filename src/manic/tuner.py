@@ -17,11 +17,11 @@ and, under the rule ``manic`` only::
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 3, 9, …, T         (9)  in `restarts`; then every 9 steps
 
-and for (2) to (6), once t > T::
+and for (2) to (6), once t > T, with k_t = h_t / F_t and Q = 81 q/p::
 
-    q_t = q_{t-1} + h_t²,  p_t = p_{t-1} + f_t²             (10) if t ≤ T + 81, or else, with Q = 81 q F²/p,
-    z_t = max(0, z_{t-1} + h_t² - 2 min(h_t h_{t-1}, Q/9))  (11)
-    s_{t+1} = s_t sqrt((Q + z_{t-1}) / (Q + z_t))           (12)
+    q_t = q_{t-1} + h_t²,  p_t = p_{t-1} + f_t²             (10) if t ≤ T + 81, or else
+    z_t = max(0, z_{t-1} + k_t² - 2 min(k_t k_{t-1}, Q/9))  (11)
+    F_t s_{t+1} = F_{t-1} s_t sqrt((Q + z_{t-1})/(Q + z_t)) (12)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -32,8 +32,8 @@ m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
 q       ``gauge``        (..., n)   sum of h² over the first 81 steps after T
 p       ``level``        (..., n)   sum of f² over these
-F       ``peak``         (..., n)   the highest f up to step T
-z       ``noise``        (..., n)   what of h² since then is noise, less what is not
+F       ``peak``         (..., n)   the highest f so far
+z       ``noise``        (..., n)   what of k² since then is noise, less what is not
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -80,9 +80,9 @@ What each rule does that the paper as printed does not:
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
     the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
     elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
-    whatever it is that the net learns; Q, the sum of h² over 81 steps (10), as of the rate that s was learned at, says
-    how much of z is one step's. Signal is taken for (3h)² at most, h of its usual size: s falls in a warmup that goes
-    on, and where the loss explodes.
+    whatever it is that the net learns; Q, the sum of h² over 81 steps (10), says how much of z is one step's. Signal is
+    taken for (3h)² at most, h of its usual size: s falls where the loss explodes. A schedule that rises on is held at
+    the rate that s was learned at: s falls by as much as F rises (12).
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -162,7 +162,7 @@ class TunerConfig:
 
 
 class TunerState(NamedTuple):
-    """What the tuner remembers: tensors of shape (..., n), see the module's table; `last` is h_{t-1} once t > T."""
+    """What the tuner remembers: tensors of shape (..., n), see the module's table; `last` is k_{t-1} once t > T."""
 
     scales: Tensor
     reward: Tensor
@@ -305,9 +305,9 @@ def update(
     if not isinstance(stage, Tensor):
         if stage == 0:
             return _bet(state, h, f, betas, config)
-        return _gauge(state, h, f) if stage == 1 else _settle(state, h)
+        return _gauge(state, h, f) if stage == 1 else _settle(state, h, f)
     stages = stage.unsqueeze(-1) == 0, stage.unsqueeze(-1) == 1
-    each = zip(_bet(state, h, f, betas, config), _gauge(state, h, f), _settle(state, h), strict=True)
+    each = zip(_bet(state, h, f, betas, config), _gauge(state, h, f), _settle(state, h, f), strict=True)
     return TunerState(*(torch.where(stages[0], bet, torch.where(stages[1], g, s)) for bet, g, s in each))
 
 
@@ -339,18 +339,26 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
 
 
 def _gauge(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
-    """(10)."""
-    return state._replace(gauge=state.gauge + h**2, level=state.level + f**2, last=h.expand_as(state.last))
+    """(10), and (12) for z = 0."""
+    state, k = _hold(state, h, f)
+    return state._replace(gauge=state.gauge + h**2, level=state.level + f**2, last=k)
 
 
-def _settle(state: TunerState, h: Tensor) -> TunerState:
+def _settle(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
     """(11) and (12)."""
-    z, last = state.noise, state.last
-    q = torch.where(state.level > 0, state.gauge * GAUGES * state.peak**2 / state.level, state.gauge)
-    signal = torch.minimum(h * last, UNUSUAL**2 / GAUGES * q)
-    after = (z + h**2 - 2 * signal).clamp(min=0)  # (11)
+    state, k = _hold(state, h, f)
+    z, q = state.noise, torch.where(state.level > 0, GAUGES * state.gauge / state.level, state.gauge)
+    signal = torch.minimum(k * state.last, UNUSUAL**2 / GAUGES * q)
+    after = (z + k**2 - 2 * signal).clamp(min=0)  # (11)
     fall = torch.where(q + z > 0, (q + z) / (q + after), 1).sqrt()
-    return state._replace(scales=state.scales * fall, noise=after, last=h.expand_as(last))  # (12)
+    return state._replace(scales=state.scales * fall, noise=after, last=k)
+
+
+def _hold(state: TunerState, h: Tensor, f: Tensor) -> tuple[TunerState, Tensor]:
+    """The part of (12) that F has, and k."""
+    peak = torch.maximum(state.peak, f)
+    held = torch.where(state.peak > 0, state.peak / peak, 1)
+    return state._replace(scales=state.scales * held, peak=peak), torch.where(peak > 0, h / peak, h)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

@@ -243,6 +243,25 @@ def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:
     assert rising[-1] == pytest.approx(constant[-1] / 10, rel=0.01)
 
 
+def test_a_warmup_that_goes_on_after_the_search_takes_the_rate_no_further() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base, LambdaLR(base, lambda step: min(1.0, (step + 1) / 800)))
+    mechanic, rates = Mechanic(updater), []
+    for _ in range(900):
+        x = torch.randn(4, 8)
+        updater.zero_grad()
+        (model(x) - x.sum(1, keepdim=True) - torch.randn(4, 1)).square().mean().backward()
+        mechanic.step()
+        rates.append(updater.get_last_lr()[0])
+        updater.step()
+    assert rates[243:324] == pytest.approx(81 * [rates[243]])
+    assert max(rates[324:]) < 1.001 * rates[243]
+    assert rates[-1] > rates[243] / 10
+    assert base.param_groups[0]["lr"] > 3 * 244 / 800
+
+
 def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:
     """Against the line that the targets are, with as much noise again, after 600 steps on 200 rows."""
     torch.manual_seed(seed)

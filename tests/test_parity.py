@@ -21,6 +21,7 @@ STEPS = 360  # beyond 324, from where on the default rule's scale may fall
 BATCHES = 500  # of which held-out ones come after these
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
+LONG_WARMUP = {"long_warmup": lambda base: torch.optim.lr_scheduler.LinearLR(base, 0.1, 1.0, STEPS)}
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test
 
 
@@ -45,7 +46,7 @@ def run_manic(
     model = make_net()
     start, hs, scales = flat(model), [], []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
-    updater = Updater(base, SCHEDULERS[scheduler](base), store_delta=store_delta, internal_lr=None)
+    updater = Updater(base, (SCHEDULERS | LONG_WARMUP)[scheduler](base), store_delta=store_delta, internal_lr=None)
     mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
         if held_out and step % held_out == 0:
@@ -69,7 +70,7 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]], held
     """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u, factor)`` returns for x."""
     model = make_net()
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
-    schedule = SCHEDULERS[scheduler](base)
+    schedule = (SCHEDULERS | LONG_WARMUP)[scheduler](base)
     for step in range(STEPS):
         g = None
         if held_out and step % held_out == 0:
@@ -107,6 +108,10 @@ def test_oracle(optimizer: str, scheduler: str, rule: str, s_decay: float, s_ini
     parameters, scale = run_manic(optimizer, scheduler, store_delta=True, rule=rule, s_decay=s_decay, s_init=s_init)
     assert relative_difference(parameters, expected) < TOLERANCE
     assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
+
+
+def test_a_warmup_that_is_longer_than_the_search() -> None:
+    test_oracle("adamw", "long_warmup", "manic", 0.0, None)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

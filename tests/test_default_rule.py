@@ -262,6 +262,25 @@ def test_a_warmup_that_goes_on_after_the_search_takes_the_rate_no_further() -> N
     assert base.param_groups[0]["lr"] > 3 * 244 / 800
 
 
+def test_a_group_that_joins_at_a_higher_rate_does_not_slow_the_others() -> None:
+    torch.manual_seed(0)
+    model, late = torch.nn.Linear(8, 1), torch.nn.Parameter(torch.zeros(()))
+    base = torch.optim.SGD([{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 0.0}])
+    updater = Updater(base)
+    mechanic, scales = Mechanic(updater), []
+    for step in range(332):
+        if step == 330:
+            base.param_groups[1]["lr"] = 10.0
+            base.add_param_group({"params": [late], "lr": 10.0})
+        updater.zero_grad()
+        (model(torch.randn(4, 8)) + late - torch.randn(4, 1)).square().mean().backward()
+        mechanic.step()
+        updater.step()
+        scales.append(float(mechanic.scale))
+    assert scales[330] > 0.9 * scales[329]  # before its updates are in h
+    assert late != 0
+
+
 def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:
     """Against the line that the targets are, with as much noise again, after 600 steps on 200 rows."""
     torch.manual_seed(seed)

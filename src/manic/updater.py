@@ -411,15 +411,15 @@ class Updater:
         self.displacement.load_state(displacement, self._parameters())
 
     def _factor(self) -> Tensor:
-        """The largest learning rate of the coming base step, over the largest initial one (with `internal_lr`); 0-d."""
+        """The smallest learning rate above 0 of all groups, 0-d: a schedule raises it, a group that joins does not."""
         host, device = [], []
         for group in self.param_groups:
             rate = group["lr"]
             (device if isinstance(rate, Tensor) and rate.device.type != "cpu" else host).append(rate)
-        factor = torch.full_like(self._scale, max(map(float, host), default=0.0))
+        factor = torch.full_like(self._scale, min((float(rate) for rate in host if rate > 0), default=math.inf))
         for rate in device:
-            factor = torch.maximum(factor, rate.to(factor).reshape(()))
-        return factor * self._unit
+            factor = torch.minimum(factor, torch.where(rate > 0, rate.to(factor), math.inf).reshape(()))
+        return torch.where(factor.isfinite(), factor * self._unit, 0)
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""

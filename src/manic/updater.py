@@ -416,10 +416,11 @@ class Updater:
         for group in self.param_groups:
             rate = group["lr"]
             (device if isinstance(rate, Tensor) and rate.device.type != "cpu" else host).append(rate)
-        factor = torch.full_like(self._scale, min((float(rate) for rate in host if rate > 0), default=math.inf))
-        for rate in device:
-            factor = torch.minimum(factor, torch.where(rate > 0, rate.to(factor), math.inf).reshape(()))
-        return torch.where(factor.isfinite(), factor * self._unit, 0)
+        factor = torch.full_like(self._scale, min((float(rate) for rate in host if rate > 0), default=0.0))
+        for rate in (rate.to(factor).reshape(()) for rate in device):
+            least = torch.minimum(factor, rate)
+            factor = torch.where(least > 0, least, torch.maximum(factor, rate))
+        return factor * self._unit
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""

@@ -239,13 +239,15 @@ def test_the_tuner_in_one_launch() -> None:
     config = TunerConfig(max_scale=1.0, s_init=1e-3)
     betas = torch.tensor(config.betas, dtype=torch.float64)
     state = init(config)
-    for h in (0.1, -0.2, -0.3):
-        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config)
-    for h, learning in ((0.3, True), (torch.nan, True), (0.3, False), (0.3, torch.tensor(False))):
+    for h, stage in ((0.1, 0), (-0.2, 0), (-0.3, 0), (-0.2, 1), (0.1, 2)):
+        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, stage)
+    factor = torch.tensor(2.0, dtype=torch.float64)
+    for h, stage in ((0.3, 0), (torch.nan, 0), (0.3, 1), (0.3, 2), (torch.nan, 2), (0.3, torch.tensor(2))):
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning)
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, stage, factor)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
+        assert torch.equal(want[2].scales, state.scales) == (h != 0.3)
         for a, b in zip(got[2], want[2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
         torch.testing.assert_close(got[3], want[3], rtol=1e-14, atol=0)

@@ -262,16 +262,17 @@ def test_a_warmup_that_goes_on_after_the_search_takes_the_rate_no_further() -> N
     assert base.param_groups[0]["lr"] > 3 * 244 / 800
 
 
-def test_a_group_that_joins_at_a_higher_rate_does_not_slow_the_others() -> None:
+@pytest.mark.parametrize("one", [1.0, torch.tensor(1.0)])
+def test_a_group_that_joins_at_a_higher_rate_does_not_slow_the_others(one: float | torch.Tensor) -> None:
     torch.manual_seed(0)
     model, late = torch.nn.Linear(8, 1), torch.nn.Parameter(torch.zeros(()))
-    base = torch.optim.SGD([{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 0.0}])
+    base = torch.optim.SGD([{"params": [model.weight], "lr": one}, {"params": [model.bias], "lr": 0 * one}])
     updater = Updater(base)
     mechanic, scales = Mechanic(updater), []
     for step in range(332):
         if step == 330:
-            base.param_groups[1]["lr"] = 10.0
-            base.add_param_group({"params": [late], "lr": 10.0})
+            base.param_groups[1]["lr"] = 10 * one
+            base.add_param_group({"params": [late], "lr": 10 * one})
         updater.zero_grad()
         (model(torch.randn(4, 8)) + late - torch.randn(4, 1)).square().mean().backward()
         mechanic.step()

@@ -415,7 +415,7 @@ class Updater:
         host, device = [], []
         for group in self.param_groups:
             rate = group["lr"]
-            (device if isinstance(rate, Tensor) and rate.device.type != "cpu" else host).append(rate)
+            (device if isinstance(rate, Tensor) and rate.device == self._scale.device else host).append(rate)
         factor = torch.full_like(self._scale, min((float(rate) for rate in host if rate > 0), default=0.0))
         for rate in (rate.to(factor).reshape(()) for rate in device):
             least = torch.minimum(factor, rate)

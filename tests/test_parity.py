@@ -21,7 +21,7 @@ STEPS = 360  # beyond 324, from where on the default rule's scale may fall
 BATCHES = 500  # of which held-out ones come after these
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 TOLERANCE = 1e-9
-LONG_WARMUP = {"long_warmup": lambda base: torch.optim.lr_scheduler.LinearLR(base, 0.1, 1.0, STEPS)}
+SCHEDULES = {**SCHEDULERS, "long_warmup": lambda base: torch.optim.lr_scheduler.LinearLR(base, 0.1, 1.0, STEPS)}
 S_INIT = 1e-4  # reaches a useful scale within the steps of a test
 
 
@@ -46,7 +46,7 @@ def run_manic(
     model = make_net()
     start, hs, scales = flat(model), [], []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
-    updater = Updater(base, (SCHEDULERS | LONG_WARMUP)[scheduler](base), store_delta=store_delta, internal_lr=None)
+    updater = Updater(base, SCHEDULES[scheduler](base), store_delta=store_delta, internal_lr=None)
     mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS):
         if held_out and step % held_out == 0:
@@ -70,7 +70,7 @@ def drive(optimizer: str, scheduler: str, tune: Callable[..., list[float]], held
     """Train with a plain torch optimizer whose update is replaced by what ``tune(x, g, u, factor)`` returns for x."""
     model = make_net()
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
-    schedule = (SCHEDULERS | LONG_WARMUP)[scheduler](base)
+    schedule = SCHEDULES[scheduler](base)
     for step in range(STEPS):
         g = None
         if held_out and step % held_out == 0:

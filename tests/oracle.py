@@ -27,7 +27,8 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.gauge = self.level = self.peak = self.noise = self.last = 0.0
+        self.peak = self.noise = self.last = 0.0
+        self.late: list[tuple[float, float]] = []
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
@@ -58,13 +59,14 @@ class Oracle:
         if self.rule == "manic" and self.steps >= 243:  # before this step
             before, self.peak = self.peak, max(self.peak, factor)
             fall, last, self.last = before / self.peak, self.last, h / self.peak
-            if self.steps < 324:
-                self.gauge += h**2
-                self.level += factor**2 / 81
-            else:
-                gauge = self.gauge / self.level
-                noise = max(0.0, self.noise + self.last**2 - 2 * min(self.last * last, gauge / 9))
-                fall *= math.sqrt((gauge + self.noise) / (gauge + noise))
+            self.late.append((h, factor))
+            weights = [(80 / 81) ** age for age in reversed(range(len(self.late)))]
+            pairs = list(zip(weights, self.late, strict=True))
+            usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
+            if usual > 0:
+                noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
+                noise = max(0.0, self.noise + noise)
+                fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
             self.s = [s * fall for s in self.s]
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -239,12 +240,12 @@ def test_the_tuner_in_one_launch() -> None:
     config = TunerConfig(max_scale=1.0, s_init=1e-3)
     betas = torch.tensor(config.betas, dtype=torch.float64)
     state = init(config)
-    for h, stage in ((0.1, 0), (-0.2, 0), (-0.3, 0), (-0.2, 1), (0.1, 2)):
-        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, stage)
+    for h, learning in ((0.1, True), (-0.2, True), (-0.3, True), (-0.2, False), (0.1, False)):
+        state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, learning)
     factor = torch.tensor(2.0, dtype=torch.float64)
-    for h, stage in ((0.3, 0), (torch.nan, 0), (0.3, 1), (0.3, 2), (torch.nan, 2), (0.3, torch.tensor(2))):
+    for h, learning in product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False))):
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, stage, factor)
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning, factor)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         assert torch.equal(want[2].scales, state.scales) == (h != 0.3)

@@ -72,10 +72,13 @@ class Idea:
             since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
             largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
             scale stays; ``"mean"``: bets are on how h differs from its mean since x_ref moved.
-        gauges: steps after T in which h² is measured, and the scale stays.
+        usual: which h are usual: those of the last ``gauges`` steps (``"recent"``), where these were smallest
+            (``"least"``), or those of the first after T (``"first"``), in which the scale stays.
+        gauges: steps that say how large h² usually is.
+        counts: so many steps of noise take 1/√2 of the scale.
         short: steps between two moves of x_ref after T; 0: as before.
-        evens: what h is divided by the schedule's factor for: (10) alone (``"gauge"``), ``"all"`` after T up to the
-            highest before it, or ``"nothing"``.
+        evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
+            highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
         holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
@@ -116,7 +119,9 @@ class Idea:
     fall: float = 0.0
     learns: float = tuner.LEARNS
     then: str = "noise"
-    gauges: int = tuner.GAUGES
+    usual: str = "recent"
+    gauges: int = tuner.USUAL
+    counts: int = tuner.USUAL
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
@@ -140,6 +145,8 @@ FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
+FIRST = Idea(usual="first")
+AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -244,15 +251,19 @@ IDEAS = {
     "…, bets while a warmup goes on, then none": replace(FALLING, then="warm"),
     "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
     "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
-    "the default, long warmups not held": Idea(holds=False),
-    "the default, h gauged as it comes": Idea(evens="nothing", holds=False),
-    "the default, h over the schedule's factor": Idea(evens="all", holds=False),
-    "the default, to the power of 3/4": Idea(power=0.75),
-    "the default, to the power of 1": Idea(power=1.0),
-    "the default, the signal counts once": Idea(signal=1.0),
-    "the default, Δ anew every 27": Idea(short=27),
-    "the default, 243 steps to measure": Idea(gauges=243),
-    "the default, unbounded": Idea(unusual=math.inf),
+    "…, beside the least of h²": Idea(usual="least"),
+    "…, noise counts half": Idea(counts=2 * tuner.USUAL),
+    "…, to the power of 3/4": Idea(power=0.75),
+    "beside the first h²": FIRST,
+    "beside the first h², long warmups not held": replace(FIRST, holds=False),
+    "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
+    "beside the first h² as it comes": AS_IT_COMES,
+    "beside the first h² as it comes, to the power of 3/4": replace(AS_IT_COMES, power=0.75),
+    "beside the first h² as it comes, to the power of 1": replace(AS_IT_COMES, power=1.0),
+    "beside the first h² as it comes, the signal counts once": replace(AS_IT_COMES, signal=1.0),
+    "beside the first h² as it comes, Δ anew every 27": replace(AS_IT_COMES, short=27),
+    "beside the first h² as it comes, 243 steps to measure": replace(AS_IT_COMES, gauges=243, counts=243),
+    "beside the first h² as it comes, unbounded": replace(AS_IT_COMES, unusual=math.inf),
     "tripling, Δ anew every 729": replace(TRIPLING, period=729),
 }
 
@@ -278,6 +289,7 @@ class Tuner:
         self.s = self.r = self.m = self.v
         self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
+        self.least = torch.full_like(self.start, torch.inf)
         self.count = 0
         self.highest = self.peak = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -345,13 +357,20 @@ class Tuner:
             return torch.ones_like(h)
         if idea.then == "noise":
             self.before = held * h
-            if self.count <= idea.learns + idea.gauges:
-                self.gauge, self.level = self.gauge + h**2, self.level + part**2
-                return torch.ones_like(h)
-            usual = self.gauge * (self.peak**2 / self.level if idea.evens == "gauge" else 1 / idea.gauges)
-            signal = torch.minimum(self.before * before, idea.unusual**2 * usual)
-            self.late = (self.late + self.before**2 - idea.signal * signal).clamp(min=0)
-            return torch.where(self.late > 0, idea.gauges / (idea.gauges + self.late / usual), 1) ** idea.power
+            if idea.usual == "first":
+                if self.count <= idea.learns + idea.gauges:
+                    self.gauge, self.level = self.gauge + h**2, self.level + part**2
+                    return torch.ones_like(h)
+                usual = self.gauge * (self.peak**2 / self.level if idea.evens == "gauge" else 1 / idea.gauges)
+            else:
+                forget = 1 - 1 / idea.gauges
+                self.gauge, self.level = forget * self.gauge + h**2, forget * self.level + part**2
+                usual = self.gauge * (self.peak**2 / self.level)
+                if idea.usual == "least" and self.count > idea.learns + idea.gauges:
+                    self.least = usual = torch.minimum(self.least, usual)
+            noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
+            self.late = (self.late + torch.where(usual > 0, noise, 0)).clamp(min=0)
+            return (idea.counts / (idea.counts + self.late)) ** idea.power
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
             self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))

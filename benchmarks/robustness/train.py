@@ -65,7 +65,7 @@ def lr_of(half_decades: int) -> float:
 GRIDS = {"adamw": (-10, 0), "sgd": (-8, 2), "adam": (-10, 0), "rmsprop": (-11, -1), "lion": (-12, -2)}
 SCHEDULES = ("constant", "cosine", "linear")
 LONG_WARMUP, RESTARTS = FOR_IDEAS = "long warmup", "warm restarts"
-CYCLE = 330  # steps from one restart to the next: the tuner gauges h in the last of the first
+CYCLE = 330  # steps from one restart to the next: the tuner's first steps without bets are the last of the first
 
 
 def grid(base: str) -> list[float]:

@@ -153,10 +153,10 @@ class Mechanic:
 
         # A replay of a CUDA graph runs no Python: there the device counts, and decides.
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
-        stage, restart = tuner.stage(taken + 1, config), tuner.restarts(taken + 1, config)
+        learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor = self.updater._factor()
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, stage, factor)
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -272,13 +272,13 @@ def _tune(
     state: TunerState,
     betas: Tensor,
     config: TunerConfig,
-    stage: int | Tensor,
+    learning: bool | Tensor,
     factor: Tensor,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, stage, factor)
+    after = tuner.update(state, h, betas, config, learning, factor)
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

@@ -17,11 +17,13 @@ and, under the rule ``manic`` only::
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 3, 9, …, T         (9)  in `restarts`; then every 9 steps
 
-and for (2) to (6), once t > T, with k_t = h_t / F_t and Q = 81 q/p::
+and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t and γ = 1 - 1/81::
 
-    q_t = q_{t-1} + h_t²,  p_t = p_{t-1} + f_t²             (10) if t ≤ T + 81, or else
-    z_t = max(0, z_{t-1} + k_t² - 2 min(k_t k_{t-1}, Q/9))  (11)
-    F_t s_{t+1} = F_{t-1} s_t sqrt((Q + z_{t-1})/(Q + z_t)) (12)
+    q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
+    z_t = max(0, z_{t-1} + k_t²/a_t
+                         - 2 min(k_t k_{t-1}/a_t, 3²))      (11)
+    F_t s_{t+1} = F_{t-1} s_t sqrt((81 + z_{t-1})
+                                  /(81 + z_t))              (12)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -30,10 +32,10 @@ s       ``scales``       (..., n)   one scale per β; their sum is the scale in 
 r       ``reward``       (..., n)   what betting s against h has earned
 m       ``max_product``  (..., n)   decayed maximum of abs h
 v       ``sum_squares``  (..., n)   decayed sum of h²
-q       ``gauge``        (..., n)   sum of h² over the first 81 steps after T
-p       ``level``        (..., n)   sum of f² over these
+q       ``power``        (..., n)   decayed sum of h² since T; a is what h² usually is where f is 1
+p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
-z       ``noise``        (..., n)   what of k² since then is noise, less what is not
+z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts (f/F)²
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -80,9 +82,10 @@ What each rule does that the paper as printed does not:
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
     the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
     elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
-    whatever it is that the net learns; Q, the sum of h² over 81 steps (10), says how much of z is one step's. Signal is
-    taken for (3h)² at most, h of its usual size: s falls where the loss explodes. A schedule that rises on is held at
-    the rate that s was learned at: s falls by as much as F rises (12).
+    whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
+    steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is taken for 9 a at
+    most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
+    by as much as F rises (12).
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -103,7 +106,7 @@ FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T
-GAUGES = 81  # steps after T in which s stays
+USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
@@ -169,11 +172,11 @@ class TunerState(NamedTuple):
     max_product: Tensor
     sum_squares: Tensor
     start: Tensor
-    gauge: Tensor
+    power: Tensor
+    level: Tensor
+    peak: Tensor
     noise: Tensor
     last: Tensor
-    peak: Tensor
-    level: Tensor
 
 
 class Sums(NamedTuple):
@@ -237,14 +240,14 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     return config.rule == "manic" and (LEARNS % step == 0) | ((step > LEARNS) & (step % SHORT == 0))
 
 
-def stage(step: Any, config: TunerConfig) -> Any:
-    """What a step, counted from 1, does: 0 for (2) to (6), 1 for (10), 2 for (11) and (12); types as for `restarts`.
+def is_learning(step: Any, config: TunerConfig) -> Any:
+    """Whether a step, counted from 1, does (2) to (6), and not (10) to (12); of numbers and tensors as `restarts`.
 
     Example:
-        >>> [stage(step, TunerConfig()) for step in (243, 244, 324, 325)]
-        [0, 1, 1, 2]
+        >>> [is_learning(step, TunerConfig()) for step in (243, 244)]
+        [True, False]
     """
-    return (config.rule == "manic") * (1 * (step > LEARNS) + (step > LEARNS + GAUGES))
+    return config.rule != "manic" or step <= LEARNS
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -275,7 +278,7 @@ def update(
     h: Tensor,
     betas: Tensor,
     config: TunerConfig,
-    stage: int | Tensor = 0,
+    learning: bool | Tensor = True,
     factor: float | Tensor = 1.0,
 ) -> TunerState:
     """One step of the tuner, equations (2) to (6), or (10) to (12) after T. Pure: the arguments are not written.
@@ -285,7 +288,7 @@ def update(
         h: h_t, of shape (...): one number per model.
         betas: ``config.betas`` as a tensor beside the state, of shape (n,).
         config: gives ε, the rule and the cap.
-        stage: from `stage`; a tensor is of shape (...).
+        learning: from `is_learning`; a tensor is of shape (...).
         factor: f_t, a number or of shape (...).
 
     Returns:
@@ -302,13 +305,10 @@ def update(
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
-    if not isinstance(stage, Tensor):
-        if stage == 0:
-            return _bet(state, h, f, betas, config)
-        return _gauge(state, h, f) if stage == 1 else _settle(state, h, f)
-    stages = stage.unsqueeze(-1) == 0, stage.unsqueeze(-1) == 1
-    each = zip(_bet(state, h, f, betas, config), _gauge(state, h, f), _settle(state, h, f), strict=True)
-    return TunerState(*(torch.where(stages[0], bet, torch.where(stages[1], g, s)) for bet, g, s in each))
+    if not isinstance(learning, Tensor):
+        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f)
+    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f), strict=True)
+    return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
 
 
 def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
@@ -338,27 +338,18 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
 
 
-def _gauge(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
-    """(10), and (12) for z = 0."""
-    state, k = _hold(state, h, f)
-    return state._replace(gauge=state.gauge + h**2, level=state.level + f**2, last=k)
-
-
 def _settle(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
-    """(11) and (12)."""
-    state, k = _hold(state, h, f)
-    z, q = state.noise, torch.where(state.level > 0, GAUGES * state.gauge / state.level, state.gauge)
-    signal = torch.minimum(k * state.last, UNUSUAL**2 / GAUGES * q)
-    after = (z + k**2 - 2 * signal).clamp(min=0)  # (11)
-    fall = torch.where(q + z > 0, (q + z) / (q + after), 1).sqrt()
-    return state._replace(scales=state.scales * fall, noise=after, last=k)
-
-
-def _hold(state: TunerState, h: Tensor, f: Tensor) -> tuple[TunerState, Tensor]:
-    """The part of (12) that F has, and k."""
+    """(10) to (12)."""
+    memory = 1 - 1 / USUAL
+    q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
     peak = torch.maximum(state.peak, f)
+    k = torch.where(peak > 0, h / peak, h)
+    usual = q / p
+    noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
+    z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
+    fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    return state._replace(scales=state.scales * held, peak=peak), torch.where(peak > 0, h / peak, h)
+    return state._replace(scales=state.scales * (held * fall), power=q, level=p, peak=peak, noise=z, last=k)  # (12)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

@@ -19,7 +19,7 @@ from manic.displacement import Displacement, wide
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.

@@ -109,7 +109,8 @@ def mechanize(
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
         factor = getattr(config, "lr", lr) / lr
-        tuned = tuner.update(state.tuner, h, state.betas, constants, tuner.stage(steps, constants), factor)
+        learning = tuner.is_learning(steps, constants)
+        tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor)
         if constants.s_init is None:
             tuned = _begun(tuned, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from problems import OPTIMIZERS, backward, flat, loss_of, make_net, relative_difference
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 from manic import Mechanic, Updater, tuner
 from manic.tuner import FIRST_STAKE, LEAST_SIZE, SHARE
@@ -223,29 +223,30 @@ def test_noise_counts_as_much_as_the_schedule_lets_it() -> None:
     assert unseen[-1] < 0.8 * dips[-1]
 
 
+def trained(updater: Updater, predict: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Iterator[float]:
+    """The scale after each step of a fit to noisy targets."""
+    mechanic = Mechanic(updater)
+    for _ in range(steps):
+        x = torch.randn(4, 8)
+        updater.zero_grad()
+        (predict(x) - x.sum(1, keepdim=True) - torch.randn(4, 1)).square().mean().backward()
+        mechanic.step()
+        updater.step()
+        yield float(mechanic.scale)
+
+
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
 def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tensor) -> None:
     """At the tuner's last bets the schedule is near its bottom; the mean of its square is 3/8."""
-    left = []
-    for make_schedule in (
-        lambda base: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(base, 330),
-        lambda base: torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0),
+    for make_schedule, share in (
+        (lambda base: CosineAnnealingWarmRestarts(base, 330), 3 / 8),
+        (lambda base: LambdaLR(base, lambda step: 1.0), 1.0),
     ):
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 1)
         base = torch.optim.SGD(model.parameters(), lr=lr)
-        updater = Updater(base, make_schedule(base))
-        mechanic = Mechanic(updater)
-        for step in range(990):
-            if step == 243:
-                found = float(mechanic.scale)
-            x = torch.randn(4, 8)
-            updater.zero_grad()
-            (model(x) - x.sum(1, keepdim=True) - torch.randn(4, 1)).square().mean().backward()
-            mechanic.step()
-            updater.step()
-        left.append(float(mechanic.scale) / found)
-    assert left == pytest.approx([math.sqrt(81 / (81 + share * 747)) for share in (3 / 8, 1)], rel=0.2)
+        scales = list(trained(Updater(base, make_schedule(base)), model, 990))
+        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(81 / (81 + share * 747)), rel=0.2)
 
 
 def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:
@@ -266,14 +267,7 @@ def test_a_warmup_that_goes_on_after_the_search_takes_the_rate_no_further() -> N
     model = torch.nn.Linear(8, 1)
     base = torch.optim.SGD(model.parameters(), lr=1.0)
     updater = Updater(base, LambdaLR(base, lambda step: min(1.0, (step + 1) / 800)))
-    mechanic, rates = Mechanic(updater), []
-    for _ in range(900):
-        x = torch.randn(4, 8)
-        updater.zero_grad()
-        (model(x) - x.sum(1, keepdim=True) - torch.randn(4, 1)).square().mean().backward()
-        mechanic.step()
-        rates.append(updater.get_last_lr()[0])
-        updater.step()
+    rates = [updater.get_last_lr()[0] for _ in trained(updater, model, 900)]
     assert max(rates[243:]) < 1.001 * rates[243]
     assert rates[-1] > rates[243] / 10
     assert base.param_groups[0]["lr"] > 3 * 244 / 800
@@ -284,17 +278,12 @@ def test_a_group_that_joins_at_a_higher_rate_does_not_slow_the_others(one: float
     torch.manual_seed(0)
     model, late = torch.nn.Linear(8, 1), torch.nn.Parameter(torch.zeros(()))
     base = torch.optim.SGD([{"params": [model.weight], "lr": one}, {"params": [model.bias], "lr": 0 * one}])
-    updater = Updater(base)
-    mechanic, scales = Mechanic(updater), []
-    for step in range(332):
-        if step == 330:
+    scales = []
+    for scale in trained(Updater(base), lambda x: model(x) + late, 332):
+        scales.append(scale)
+        if len(scales) == 330:
             base.param_groups[1]["lr"] = 10 * one
             base.add_param_group({"params": [late], "lr": 10 * one})
-        updater.zero_grad()
-        (model(torch.randn(4, 8)) + late - torch.randn(4, 1)).square().mean().backward()
-        mechanic.step()
-        updater.step()
-        scales.append(float(mechanic.scale))
     assert scales[330] > 0.9 * scales[329]  # before its updates are in h
     assert late != 0
 

@@ -72,10 +72,12 @@ class Idea:
             since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
             largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
             scale stays; ``"mean"``: bets are on how h differs from its mean since x_ref moved.
-        usual: which h are usual: those of the last ``gauges`` steps (``"recent"``), where these were smallest
-            (``"least"``), or those of the first after T (``"first"``), in which the scale stays.
+        usual: which h are usual: those of the last ``gauges`` steps (``"recent"``), without the present one
+            (``"before"``), where these were largest (``"most"``), or those of the first after T (``"first"``), in which
+            the scale stays.
         gauges: steps that say how large h² usually is.
-        counts: so many steps of noise take 1/√2 of the scale.
+        counts: so many steps of noise leave the scale as it is, four times as many halve it.
+        free: the first do; else they take 1/√2 of it.
         short: steps between two moves of x_ref after T; 0: as before.
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
@@ -122,6 +124,7 @@ class Idea:
     usual: str = "recent"
     gauges: int = tuner.USUAL
     counts: int = tuner.USUAL
+    free: bool = True
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
@@ -145,7 +148,8 @@ FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
-FIRST = Idea(usual="first")
+FIRST = Idea(usual="first", free=False)
+AT_ONCE = Idea(free=False)
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -251,9 +255,12 @@ IDEAS = {
     "…, bets while a warmup goes on, then none": replace(FALLING, then="warm"),
     "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
     "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
-    "…, beside the least of h²": Idea(usual="least"),
-    "…, noise counts half": Idea(counts=2 * tuner.USUAL),
     "…, to the power of 3/4": Idea(power=0.75),
+    "…, from the first step of noise": AT_ONCE,
+    "…, from the first step of noise, which counts half": replace(AT_ONCE, counts=2 * tuner.USUAL),
+    "…, from the first step of noise, to the power of 3/4": replace(AT_ONCE, power=0.75),
+    "…, from the first step of noise, beside the h² before": replace(AT_ONCE, usual="before"),
+    "…, from the first step of noise, beside the most of h²": replace(AT_ONCE, usual="most"),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -289,7 +296,6 @@ class Tuner:
         self.s = self.r = self.m = self.v
         self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
-        self.least = torch.full_like(self.start, torch.inf)
         self.count = 0
         self.highest = self.peak = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -363,14 +369,15 @@ class Tuner:
                     return torch.ones_like(h)
                 usual = self.gauge * (self.peak**2 / self.level if idea.evens == "gauge" else 1 / idea.gauges)
             else:
-                forget = 1 - 1 / idea.gauges
+                forget, earlier = 1 - 1 / idea.gauges, self.gauge * (self.peak**2 / (self.level or 1))
                 self.gauge, self.level = forget * self.gauge + h**2, forget * self.level + part**2
-                usual = self.gauge * (self.peak**2 / self.level)
-                if idea.usual == "least" and self.count > idea.learns + idea.gauges:
-                    self.least = usual = torch.minimum(self.least, usual)
+                usual = earlier if idea.usual == "before" else self.gauge * (self.peak**2 / self.level)
+                if idea.usual == "most" and self.count > idea.learns + idea.gauges:
+                    self.most = usual = torch.maximum(self.most, usual)
             noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
             self.late = (self.late + torch.where(usual > 0, noise, 0)).clamp(min=0)
-            return (idea.counts / (idea.counts + self.late)) ** idea.power
+            late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
+            return (idea.counts / late) ** idea.power
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
             self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))

@@ -196,9 +196,11 @@ def test_models_at_different_steps_are_tuned_in_one_call() -> None:
     for h, learning in ((-1.0, True), (1.0, False)):
         state = tuner.update(state, torch.tensor(h), betas, config, learning)
     products, learn = (-2.0, -2.0), (True, False)
-    apart = [tuner.update(state, torch.tensor(h), betas, config, one) for h, one in zip(products, learn, strict=True)]
+    apart = [
+        tuner.update(state, torch.tensor(h), betas, config, one, 2.0) for h, one in zip(products, learn, strict=True)
+    ]
     two = tuner.TunerState(*(torch.stack([tensor] * 2) for tensor in state))
-    together = tuner.update(two, torch.tensor(products), betas, config, torch.tensor(learn))
+    together = tuner.update(two, torch.tensor(products), betas, config, torch.tensor(learn), 2.0)
     assert apart[0].scales.sum() > state.scales.sum() > apart[1].scales.sum()
     for one, tensor in zip(zip(*apart, strict=True), together, strict=True):
         assert torch.equal(torch.stack(one), tensor)

@@ -66,7 +66,7 @@ class Oracle:
             if usual > 0:
                 noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
                 noise = max(0.0, self.noise + noise)
-                fall *= math.sqrt(max(81, self.noise) / max(81, noise))
+                fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
             self.s = [s * fall for s in self.s]
             return

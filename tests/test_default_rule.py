@@ -151,7 +151,7 @@ def test_the_scale_rises_for_243_steps_and_no_further() -> None:
 def test_after_that_it_falls_as_one_over_the_root_of_the_noisy_steps() -> None:
     noise = torch.randn(16_243, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(len(noise), lambda step: noise[step - 1])
-    assert scales[4242] / scales[242] == pytest.approx(math.sqrt(81 / 4000), rel=0.2)
+    assert scales[4242] / scales[242] == pytest.approx(math.sqrt(81 / 4081), rel=0.2)
     assert scales[-1] / scales[4242] == pytest.approx(0.5, rel=0.1)
 
 
@@ -196,11 +196,9 @@ def test_models_at_different_steps_are_tuned_in_one_call() -> None:
     for h, learning in ((-1.0, True), (1.0, False)):
         state = tuner.update(state, torch.tensor(h), betas, config, learning)
     products, learn = (-2.0, -2.0), (True, False)
-    apart = [
-        tuner.update(state, torch.tensor(h), betas, config, one, 2.0) for h, one in zip(products, learn, strict=True)
-    ]
+    apart = [tuner.update(state, torch.tensor(h), betas, config, one) for h, one in zip(products, learn, strict=True)]
     two = tuner.TunerState(*(torch.stack([tensor] * 2) for tensor in state))
-    together = tuner.update(two, torch.tensor(products), betas, config, torch.tensor(learn), 2.0)
+    together = tuner.update(two, torch.tensor(products), betas, config, torch.tensor(learn))
     assert apart[0].scales.sum() > state.scales.sum() > apart[1].scales.sum()
     for one, tensor in zip(zip(*apart, strict=True), together, strict=True):
         assert torch.equal(torch.stack(one), tensor)
@@ -220,7 +218,7 @@ def test_noise_counts_as_much_as_the_schedule_lets_it() -> None:
     dips = scales_of(1000, lambda step: low.get(step, 1.0) * noise[step - 1], lambda step: low.get(step, 1.0))
     unseen = scales_of(1000, lambda step: low.get(step, 1.0) * noise[step - 1])
     assert dips[403] > 0.98 * constant[242]
-    assert max(constant[403], unseen[403]) < 0.8 * constant[242]
+    assert max(constant[403], unseen[403]) < 0.7 * constant[242]
     assert dips[-1] == pytest.approx(constant[242 + 1000 - 404], rel=0.1)
     assert unseen[-1] < 0.8 * dips[-1]
 
@@ -248,7 +246,7 @@ def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tens
         model = torch.nn.Linear(8, 1)
         base = torch.optim.SGD(model.parameters(), lr=lr)
         scales = list(trained(Updater(base, make_schedule(base)), model, 990))
-        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(81 / (share * 747)), rel=0.2)
+        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(81 / (81 + share * 747)), rel=0.2)
 
 
 def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:

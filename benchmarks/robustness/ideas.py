@@ -76,8 +76,8 @@ class Idea:
             (``"before"``), where these were largest (``"most"``), or those of the first after T (``"first"``), in which
             the scale stays.
         gauges: steps that say how large h² usually is.
-        counts: so many steps of noise leave the scale as it is, four times as many halve it.
-        free: the first do; else they take 1/√2 of it.
+        counts: so many steps of noise take 1/√2 of the scale.
+        free: they leave it as it is, and four times as many halve it.
         short: steps between two moves of x_ref after T; 0: as before.
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
@@ -124,7 +124,7 @@ class Idea:
     usual: str = "recent"
     gauges: int = tuner.USUAL
     counts: int = tuner.USUAL
-    free: bool = True
+    free: bool = False
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
@@ -148,8 +148,7 @@ FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
-FIRST = Idea(usual="first", free=False)
-AT_ONCE = Idea(free=False)
+FIRST = Idea(usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -256,11 +255,10 @@ IDEAS = {
     "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
     "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
     "…, to the power of 3/4": Idea(power=0.75),
-    "…, from the first step of noise": AT_ONCE,
-    "…, from the first step of noise, which counts half": replace(AT_ONCE, counts=2 * tuner.USUAL),
-    "…, from the first step of noise, to the power of 3/4": replace(AT_ONCE, power=0.75),
-    "…, from the first step of noise, beside the h² before": replace(AT_ONCE, usual="before"),
-    "…, from the first step of noise, beside the most of h²": replace(AT_ONCE, usual="most"),
+    "…, noise counts half": Idea(counts=2 * tuner.USUAL),
+    "…, 81 steps of noise for free": Idea(free=True),
+    "…, beside the h² before": Idea(usual="before"),
+    "…, beside the most of h²": Idea(usual="most"),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),

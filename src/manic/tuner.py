@@ -22,8 +22,8 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t and γ = 1
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + k_t²/a_t
                          - 2 min(k_t k_{t-1}/a_t, 3²))      (11)
-    F_t s_{t+1} = F_{t-1} s_t sqrt(max(81, z_{t-1})
-                                 / max(81, z_t))            (12)
+    F_t s_{t+1} = F_{t-1} s_t sqrt((81 + z_{t-1})
+                                  /(81 + z_t))              (12)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -80,12 +80,12 @@ What each rule does that the paper as printed does not:
     less about the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and
     a noisy one to go slower. On smooth losses a rate should fall as 1/√t where gradients are noise, and stay where they
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
-    the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows, and from 81 steps of
-    it on s falls as 1/√t; elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer
-    one h is mostly signal, whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so
-    that z is a number of steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is
-    taken for 9 a at most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was
-    learned at: s falls by as much as F rises (12).
+    the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
+    elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
+    whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
+    steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is taken for 9 a at
+    most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
+    by as much as F rises (12).
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -106,7 +106,7 @@ FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T
-USUAL = 81  # steps that q and p look back on; so many of noise leave s as it is, four times as many halve it
+USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
@@ -347,7 +347,7 @@ def _settle(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
-    fall = (state.noise.clamp(min=USUAL) / z.clamp(min=USUAL)).sqrt()
+    fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
     held = torch.where(state.peak > 0, state.peak / peak, 1)
     return state._replace(scales=state.scales * (held * fall), power=q, level=p, peak=peak, noise=z, last=k)  # (12)
 

@@ -171,18 +171,25 @@ def test_it_comes_back_when_the_noise_is_over() -> None:
     assert scales[-1] == pytest.approx(scales[242])
 
 
-@pytest.mark.parametrize("times", [100.0, 0.01])
-def test_it_falls_no_further_if_gradients_become_larger_or_smaller(times: float) -> None:
+@pytest.fixture(scope="module")
+def steady_noise() -> tuple[list[float], list[float]]:
+    """The h of 10,000 steps, and the scales that come of them."""
     noise = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).tolist()
-    steady = scales_of(len(noise), lambda step: noise[step - 1])
+    return noise, scales_of(len(noise), lambda step: noise[step - 1])
+
+
+@pytest.mark.parametrize("times", [100.0, 0.01])
+def test_it_falls_no_further_if_gradients_become_larger_or_smaller(
+    steady_noise: tuple[list[float], list[float]], times: float
+) -> None:
+    noise, steady = steady_noise
     changed = scales_of(len(noise), lambda step: noise[step - 1] * (times if step > 1000 else 1.0))
     assert changed[1200] != pytest.approx(steady[1200], rel=0.1)
     assert changed[-1] == pytest.approx(steady[-1], rel=0.1)
 
 
-def test_one_outlier_counts_as_81_steps_of_noise() -> None:
-    noise = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).tolist()
-    steady = scales_of(len(noise), lambda step: noise[step - 1])
+def test_one_outlier_counts_as_81_steps_of_noise(steady_noise: tuple[list[float], list[float]]) -> None:
+    noise, steady = steady_noise
     hit = scales_of(len(noise), lambda step: noise[step - 1] * (1000 if step == 1000 else 1))
     counted = 81 * (hit[242] / hit[998]) ** 2
     assert hit[999] / hit[998] == pytest.approx(math.sqrt(counted / (counted + 81)), rel=0.01)

@@ -218,18 +218,20 @@ def shards_by_hand(form: str) -> dict[str, Any]:
     return {"weight": torch.cat(gathered), "scale": mechanic.scale}
 
 
-def main(folder: Path, task: str) -> None:
+def resumed(form: str, folder: Path) -> dict[str, Any]:
+    """A run that goes on from what two ranks saved, on this number of ranks."""
+    run = Run(form, "fsdp2" if dist.is_initialized() else "alone")
+    run.load(folder / f"checkpoint {form}")
+    run.train(range(SAVE_AT, STEPS))
+    return {"parameters": run.whole(), "scale": run.mechanic.scale}
+
+
+def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     results: dict[Any, Any] = {}
     for form in FORMS:
-        if task == "resume":
-            run = Run(form, "fsdp2" if ranks > 1 else "alone")
-            run.load(folder / f"checkpoint {form}")
-            run.train(range(SAVE_AT, STEPS))
-            results[form] = {"parameters": run.whole(), "scale": run.mechanic.scale}
-            continue
         for way in WAYS[ranks]:
             if way == "zero" and form == "drop-in":
                 continue  # it wraps an optimizer class itself
@@ -248,12 +250,14 @@ def main(folder: Path, task: str) -> None:
             parameters, scale = run.whole(), run.mechanic.scale
             results[form, way] = {"parameters": parameters, "scale": scale, "reduced": counter.sizes}
         results[form, "by hand"] = shards_by_hand(form)
+        if ranks == 4:
+            results[form, "resumed"] = resumed(form, folder)
     if dist.get_rank() == 0:
-        torch.save(results, folder / f"{task} {ranks}.pt")
+        torch.save(results, folder / f"{ranks}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may be dropping Python objects while the interpreter is taken down, and abort then

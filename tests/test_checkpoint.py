@@ -14,7 +14,7 @@ import torch
 from problems import assert_same_bits, backward, flat, make_net, relative_difference
 from resume import CASES, M, N, Run, path_of
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from manic import Mechanic, Updater, mechanize
 from manic.updater import STATE_VERSION
@@ -136,6 +136,98 @@ def test_float32_state_stays_float32_under_bfloat16_parameters() -> None:
         assert torch.equal(entry["delta"], delta)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+def test_a_float32_run_goes_on_in_half_precision(form: str, dtype: torch.dtype) -> None:
+    def build(dtype: torch.dtype) -> tuple[nn.Module, list[Any]]:
+        model = make_net(dtype=dtype)
+        if form == "drop-in":
+            return model, [mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0, eps=1e-4)]
+        updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0, eps=1e-4))
+        return model, [Mechanic(updater), updater]
+
+    def train(model: nn.Module, parts: list[Any], steps: range, dtype: torch.dtype) -> None:
+        for step in steps:
+            backward(model, step, dtype)
+            for part in parts:
+                part.step()
+
+    model, parts = build(torch.float32)
+    train(model, parts, range(40), torch.float32)
+    other, other_parts = build(dtype)
+    other.load_state_dict(model.state_dict())
+    for part, saved in zip(other_parts, parts, strict=True):
+        part.load_state_dict(saved.state_dict())
+    start = flat(other).float()
+    train(model, parts, range(40, 60), torch.float32)
+    train(other, other_parts, range(40, 60), dtype)
+    assert relative_difference(flat(model), start) > 5e-2
+    assert relative_difference(flat(other).float(), flat(model)) < 2e-2
+
+
+def test_a_mechanic_that_is_built_after_its_updater_was_loaded() -> None:
+    run = Run("two objects", "adamw", "none", True)
+    run.train(0, N)
+    state = copy.deepcopy(run.state_dict())
+    other = make_net(3)
+    other.load_state_dict(state["model"])
+    updater = Updater(torch.optim.AdamW(other.parameters(), lr=0.1))
+    updater.load_state_dict(state["updater"])
+    mechanic = Mechanic(updater)
+    mechanic.load_state_dict(state["mechanic"])
+    assert float(mechanic.scale) == float(run.parts["mechanic"].scale) > 0
+    run.train(N, N + 10)
+    for step in range(N, N + 10):
+        backward(other, step)
+        mechanic.step()
+        updater.step()
+    assert torch.equal(flat(other), flat(run.model))
+
+
+def test_steps_that_raised_do_not_count() -> None:
+    """So that a resumed run restarts its displacement at the same steps."""
+    models = make_net(), make_net(seed=1)
+    made = mechanize(torch.optim.AdamW, nonfinite="raise")
+    optimizers = [made(model.parameters(), lr=1.0) for model in models]
+    for step in range(30):
+        backward(models[0], step)
+        if step in (3, 4, 5):
+            models[0].gain.grad.fill_(torch.nan)  # type: ignore
+            with pytest.raises(FloatingPointError):
+                optimizers[0].step()
+        else:
+            optimizers[0].step()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for step in range(30, 90):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+    assert torch.equal(*map(flat, models))
+
+
+def test_a_schedule_that_does_not_fit_leaves_all_as_it_was() -> None:
+    def build(parts: int) -> Any:
+        model = make_net()
+        base = torch.optim.AdamW(model.parameters(), lr=1.0)
+        schedules = [CosineAnnealingLR(base, 100) for _ in range(parts)]
+        updater = Updater(base, SequentialLR(base, schedules, list(range(10, 10 * parts, 10))))
+        mechanic = Mechanic(updater)
+        return model, updater, mechanic
+
+    states = []
+    for parts, steps in ((3, 25), (2, 5)):
+        model, updater, mechanic = build(parts)
+        for step in range(steps):
+            backward(model, step)
+            mechanic.step()
+            updater.step()
+        states.append(copy.deepcopy(updater.state_dict()))
+    with pytest.raises(ValueError, match=r"SequentialLR does not fit \(IndexError.*Build it as it was when saved"):
+        updater.load_state_dict(states[0])
+    assert_same_bits(updater.state_dict(), states[1])
+
+
 def test_a_loaded_run_writes_to_no_parameter_before_the_base_step() -> None:
     """Optimizers that differentiate the gradient again need the graph of the backward pass whole."""
     run = Run("two objects", "adamw", "none", True)
@@ -226,6 +318,8 @@ def test_refused_states() -> None:
     drop_in = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="expected the state dict of a mechanized AdamW"):
         drop_in.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match="no param_groups; expected the state dict of a mechanized AdamW"):
+        drop_in.load_state_dict({})
     broken = drop_in.state_dict()
     broken["param_groups"][0]["mechanic_tuner"] = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):

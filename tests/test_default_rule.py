@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from problems import OPTIMIZERS, backward, flat, loss_of, make_net, relative_difference
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
 
 from manic import Mechanic, Updater, tuner
 from manic.tuner import FIRST_STAKE, LEAST_SIZE, SHARE
@@ -68,6 +68,41 @@ def test_a_warmup_moves_less(first: float) -> None:
             continue
         assert relative_difference(flat(model), before) == pytest.approx(FIRST * factors[step], rel=1e-6)
         break
+
+
+def test_the_start_is_at_the_first_step_that_moves_something() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base, LambdaLR(base, lambda step: float(step >= 5)))
+    mechanic = Mechanic(updater)
+    start = flat(model)
+    for step in range(6):
+        assert torch.equal(flat(model), start)
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    assert relative_difference(flat(model), start) == pytest.approx(FIRST, rel=1e-6)
+
+
+def test_a_schedule_is_known_by_its_rates() -> None:
+    """OneCycleLR starts at a share of its highest rate, and notes that share as the initial one."""
+    models = make_net(), make_net()
+    bases = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    schedule = OneCycleLR(bases[0], 0.7, 300, cycle_momentum=False)
+    rates = [0.7 / 25]
+    bases[1].param_groups[0]["lr"] = 0.7
+    updaters = [Updater(bases[0], schedule), Updater(bases[1], LambdaLR(bases[1], lambda step: rates[step] / 0.7))]
+    mechanics = [Mechanic(updater) for updater in updaters]
+    start = flat(models[0])
+    for step in range(299):
+        for model, mechanic, updater in zip(models, mechanics, updaters, strict=True):
+            backward(model, step)
+            mechanic.step()
+            updater.step()
+            if updater is updaters[0]:
+                rates.append(schedule.get_last_lr()[0])
+    assert relative_difference(flat(models[0]), start) > 0.1
+    assert relative_difference(flat(models[0]), flat(models[1])) < 1e-9
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
@@ -293,6 +328,37 @@ def test_a_group_that_joins_at_a_higher_rate_does_not_slow_the_others(one: float
             base.add_param_group({"params": [late], "lr": 10 * one})
     assert scales[330] > 0.9 * scales[329]  # before its updates are in h
     assert late != 0
+
+
+@pytest.mark.parametrize("one", [1.0, torch.tensor(1.0)])
+def test_a_group_that_joins_at_a_lower_rate_leaves_the_noise_of_the_others(one: float | torch.Tensor) -> None:
+    def scale_after(joins: bool) -> float:
+        torch.manual_seed(0)
+        model, late = torch.nn.Linear(8, 1), torch.nn.Parameter(torch.zeros(()))
+        base = torch.optim.SGD(model.parameters(), lr=one)
+        scales = []
+        for scale in trained(Updater(base), lambda x: model(x) + late, 1000):
+            scales.append(scale)
+            if len(scales) == 300 and joins:
+                base.add_param_group({"params": [late], "lr": 0.1 * one})
+        assert not joins or late != 0
+        return scales[-1] / scales[299]
+
+    assert scale_after(joins=True) == pytest.approx(scale_after(joins=False), rel=0.1)
+    assert scale_after(joins=True) < 0.6
+
+
+@pytest.mark.parametrize("one", [1.0, torch.tensor(1.0)])
+def test_a_group_whose_rate_is_set_to_zero_does_not_slow_the_others(one: float | torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    base = torch.optim.SGD([{"params": [model.bias], "lr": 0.1 * one}, {"params": [model.weight], "lr": one}])
+    scales = []
+    for scale in trained(Updater(base), model, 302):
+        scales.append(scale)
+        if len(scales) == 300:
+            base.param_groups[0]["lr"] = 0 * one
+    assert scales[301] > 0.9 * scales[299]
 
 
 def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:

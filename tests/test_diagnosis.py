@@ -140,9 +140,9 @@ def test_nothing_is_said_of_real_tasks(
     torch.manual_seed(0)
     model = it.make()
     base = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](model.parameters(), lr=1.0)
-    updater = Updater(base, lr_scheduler.CosineAnnealingLR(base, 1000) if schedule == "cosine" else None)
+    updater = Updater(base, lr_scheduler.CosineAnnealingLR(base, STEPS) if schedule == "cosine" else None)
     mechanic = Mechanic(updater)
-    for _ in range(1000):
+    for _ in range(STEPS):
         rows = torch.randint(len(it.train[0]), (it.batch,))
         updater.zero_grad()
         it.loss(model(it.train[0][rows]), it.train[1][rows]).backward()

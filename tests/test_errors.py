@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from problems import backward, flat, make_net
 from torch import nn
 from torch.optim import lr_scheduler
 
-from manic import Mechanic, Updater, mechanize
+from manic import History, Mechanic, Updater, mechanize
 from manic.tuner import TunerConfig
 
 
@@ -34,6 +38,7 @@ def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
         ({"s_decay": math.nan}, "s_decay is nan"),
         ({"max_scale": 0.0}, "max_scale is 0.0"),
         ({"log_every": -1}, "log_every is -1; expected a number of steps, 0 or more"),
+        ({"log_every": None}, "log_every is None; expected a number of steps, 0 or more"),
     ],
 )
 def test_mechanic_options(options: dict[str, Any], message: str) -> None:
@@ -198,6 +203,123 @@ def test_hand_off_that_cannot_be() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
     mechanic.step()
     updater.step()
+
+
+def test_hand_off_of_a_mechanized_optimizer() -> None:
+    model = make_net()
+    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    rates = [optimizer.param_groups[0]["lr"], optimizer.get_last_lr()]
+    with pytest.raises(TypeError, match=r"a mechanized optimizer has neither.*Train with Updater"):
+        optimizer.mechanic.hand_off()
+    assert rates == [optimizer.param_groups[0]["lr"], optimizer.get_last_lr()]
+    before = flat(model)
+    optimizer.step()
+    assert not torch.equal(before, flat(model))
+
+
+def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base)
+    mechanic = Mechanic(updater)
+
+    def step(number: int) -> None:
+        backward(model, number)
+        mechanic.step()
+        updater.step()
+
+    step(0)
+    before = flat(model)
+    backward(model, 1)
+    with pytest.raises(RuntimeError, match=r"steps are taken by updater.step\(\): leave it out.*Nothing was changed"):
+        base.step()
+    assert torch.equal(flat(model), before)
+    step(1)
+    assert not torch.equal(flat(model), before)
+
+    updater = Updater(base)  # a second one takes its place
+    mechanic = Mechanic(updater)
+    step(2)
+    mechanic.hand_off()
+    assert set(base.param_groups[0]) == set(torch.optim.SGD(model.parameters(), lr=1.0).param_groups[0])
+    before = flat(model)
+    base.step()
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_base_optimizer_that_outlives_its_updater_is_a_plain_one() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    Updater(base)
+    gc.collect()
+    before = flat(model)
+    backward(model, 0)
+    base.step()
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_schedule_that_is_stepped_twice() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = lr_scheduler.CosineAnnealingLR(base, 100)
+    updater = Updater(base, schedule)
+    mechanic = Mechanic(updater)
+    said = []
+    for step in range(4):
+        backward(model, step)
+        mechanic.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            updater.step()
+        said += [(step, str(warning.message), warning.filename) for warning in caught]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule.step()
+    ((when, message, filename),) = said
+    assert when == 1
+    assert "went from step 1 to 2. updater.step() steps it: leave out lr_scheduler.step()" in message
+    assert filename == __file__
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_between_the_two_steps(copied: Any) -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    backward(model, 0)
+    mechanic.step()
+    with pytest.raises(RuntimeError, match=r"between mechanic.step\(\) and updater.step\(\). Do it after both"):
+        copied((model, updater, mechanic))
+    updater.step()
+    copied((model, updater, mechanic))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Updater(sgd(), lr_scheduler.CosineAnnealingLR), "lr_scheduler is <class .*CosineAnnealingLR.*or None"),
+        (lambda: Updater(sgd(), "cosine"), "lr_scheduler is 'cosine'; expected a scheduler"),
+        (lambda: Updater(sgd(), internal_lr="auto"), "internal_lr is 'auto'; expected a finite number > 0, or None"),
+        (lambda: Mechanic(Updater(sgd()), betas=0.9), r"betas is 0.9; expected several numbers in \[0, 1\)"),
+        (lambda: Mechanic(Updater(sgd()), s_init="auto"), "s_init is 'auto'; expected a finite number > 0"),
+        (lambda: Mechanic(Updater(sgd()), max_scale="1"), "max_scale is '1'; expected a finite number > 0"),
+        (lambda: Mechanic(Updater(sgd()), log_func=History), r"log_func is <class .*History.*such as History\(\)"),
+        (
+            lambda: Mechanic(Updater(sgd()), log_func="run.csv"),
+            "log_func is 'run.csv'; expected a function of one dict",
+        ),
+        (
+            lambda: Updater(sgd()).load_state_dict("checkpoint.pt"),
+            r"is 'checkpoint.pt'; expected what Updater.state_di",
+        ),
+    ],
+)
+def test_arguments_of_another_type(build: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        build()
 
 
 def test_config_is_frozen() -> None:

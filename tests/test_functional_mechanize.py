@@ -25,7 +25,7 @@ from manic.functional import (
 )
 from manic.functional.tree import Number
 
-STEPS = 360  # beyond 324, from where on the default rule's scale may fall
+STEPS, PUBLISHED_STEPS = 300, 120  # after 243 the default rule's scale may fall
 
 
 def same_bits(tree, other):
@@ -62,14 +62,15 @@ CASES = [
 @pytest.mark.parametrize(("name", "reference", "options", "tuner"), CASES)
 def test_equals_mechanic_and_updater(name, reference, options, tuner):
     start, loss = make_problem()
+    steps = PUBLISHED_STEPS if "rule" in tuner else STEPS
 
     theirs = {key: leaf.clone().requires_grad_() for key, leaf in start.items()}
     optimizer = reference(theirs.values(), **options)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1.5 * STEPS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1.5 * steps)
     updater = manic.Updater(optimizer, scheduler, internal_lr=None)
     log = []
     mechanic = manic.Mechanic(updater, **tuner, log_func=lambda row: log.append((float(row["s"]), float(row["h"]))))
-    for t in range(STEPS):
+    for t in range(steps):
         updater.zero_grad()
         loss(theirs, t).backward()
         grads = spoiled({key: leaf.grad for key, leaf in theirs.items()}, t)
@@ -88,7 +89,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
     if "rule" not in tuner:
-        assert min(scales[326:]) < (1 - 1e-5) * scales[325]  # 10⁵ times the tolerance; two steps were skipped
+        assert min(scales[245:]) < (1 - 1e-5) * scales[244]  # 10⁵ times the tolerance; two steps were skipped
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 
@@ -98,9 +99,9 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     ours = start
     state = init(ours, base_init(ours, config))
     done = 0
-    for t in range(STEPS):
+    for t in range(steps):
         grads = spoiled(torch.func.grad(loss)(ours, t), t)
-        lr = config.lr * schedules.cosine(done / (1.5 * STEPS))
+        lr = config.lr * schedules.cosine(done / (1.5 * steps))
         new, new_state = step(ours, grads, state, replace(config, lr=lr))
         if t in (20, 21):
             assert same_bits((new, new_state), (ours, state))

@@ -77,6 +77,27 @@ def test_recording_reads_no_tensor_before_a_chunk_is_full(monkeypatch: pytest.Mo
     assert history["loss"] == [float(loss)]
 
 
+def test_a_step_that_is_done_again_has_one_row() -> None:
+    """Also if the history was read in between."""
+    history = History()
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, log_func=history)
+    for step in range(3):
+        for attempt in range(2):
+            backward(model, 10 * step + attempt)
+            mechanic.step()
+            last = history["h"][-1] if step == 1 else None
+        updater.step()
+        assert last is None or history["h"][-1] == last
+    assert history["step"] == [1, 2, 3]
+
+
+def test_a_value_is_one_number() -> None:
+    with pytest.raises(ValueError, match=r"loss has shape \(3,\); expected one number, such as its mean\(\)"):
+        History().record(loss=torch.ones(3))
+
+
 def test_missing_column() -> None:
     history, _, _ = recorded(2)
     with pytest.raises(

@@ -249,8 +249,9 @@ def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> 
         model.out.weight.add_(0.25)
     changed = model.out.weight.detach().clone()
     backward(model, 60)
-    with pytest.warns(UserWarning, match="store_delta=True"):
+    with pytest.warns(UserWarning, match="store_delta=True") as caught:
         mechanic.step()
+    assert [warning.filename for warning in caught] == [__file__]
     updater.step()
     assert relative_difference(model.out.weight.detach(), changed) < 0.2
 

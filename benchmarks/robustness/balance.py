@@ -3,7 +3,7 @@
 Trains each task at fixed multiples of its tuned rate, with Δ restarting whenever the number of steps has tripled, and
 prints the mean of h over its standard deviation within stretches of the run: below 0 the tuner would raise the scale,
 above 0 lower it. A second and third line leave the last 4 and 16 updates out of Δ. The last is for a Δ that starts
-again every 9 steps: the mean of h_t h_{t-1} over that of h², the share of h² that is signal. See docs/quality.md.
+again every 9 steps: the mean of h_t h_{t-1} over that of h², the share of h² that is signal. See docs/tried.md.
 
     python benchmarks/robustness/balance.py [--tasks NAME ...] [--bases NAME ...] [--schedules NAME ...]
 """

@@ -2,7 +2,7 @@
 
 Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lion, each with three schedules; the tables
 say how far the validation loss, at the end and at its lowest on the way, is above that of the best rate of the grid.
-See docs/quality.md.
+See docs/tried.md.
 
     python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
                                           [--schedules NAME ...] [--seeds N] [--smaller N] [--steps N] [--out FOLDER]

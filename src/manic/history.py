@@ -46,8 +46,9 @@ class History:
         """Add a row; `Mechanic` calls this."""
         rates = {f"lr_{i}": rate for i, rate in enumerate(data["lr"])}
         row = {"step": data["iter_count"], "scale": data["s"], **rates, "h": data["h"], "skipped": data["skipped"]}
-        if self._waiting and self._waiting[-1]["step"] == row["step"]:  # the step was taken back and done again
-            self._waiting.pop()
+        rows = self._waiting or self._rows
+        if rows and rows[-1]["step"] == row["step"]:  # the step was taken back and done again
+            rows.pop()
         self._waiting.append({**row, **self._next})
         self._next = {}
         if len(self._waiting) >= CHUNK:
@@ -58,8 +59,13 @@ class History:
 
         Args:
             values: numbers, or tensors of one element.
+
+        Raises:
+            ValueError: a tensor has more.
         """
         for name, value in values.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
             self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
     def __len__(self) -> int:

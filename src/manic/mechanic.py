@@ -30,9 +30,9 @@ class Mechanic:
         betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
         s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0: what a displacement is charged for making
             the parameters longer. ``None`` takes the rule's own, 0 for ``"manic"`` and 1e-2 for the published ones.
-        s_init: start of the tuner's wealth, an underestimate of the effective learning rate (with ``internal_lr=None``,
-            of that divided by lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which moves
-            the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
+        s_init: start of the tuner's wealth, an underestimate of the effective learning rate over ``internal_lr`` (where
+            that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which
+            moves the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
@@ -42,6 +42,7 @@ class Mechanic:
 
     Raises:
         ValueError: an argument is out of range, or the updater has a Mechanic already.
+        TypeError: an argument is of another type.
 
     Source:
         Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
@@ -81,8 +82,12 @@ class Mechanic:
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        if log_every < 0:
-            raise ValueError(f"log_every is {log_every}; expected a number of steps, 0 or more.")
+        if not isinstance(log_every, int) or log_every < 0:
+            raise ValueError(f"log_every is {log_every!r}; expected a number of steps, 0 or more.")
+        if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
+            raise TypeError(
+                f"log_func is {log_func!r}; expected a function of one dict, or an object such as History()."
+            )
         config = TunerConfig(rule=rule, betas=betas, s_decay=s_decay, s_init=s_init, eps=eps, max_scale=max_scale)
         self.updater = updater
         self.log_func = log_func
@@ -93,6 +98,7 @@ class Mechanic:
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._started = self._has_start()
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
@@ -167,18 +173,28 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        # A first update may be zero, in a warmup say: one is looked for after steps 1, 2, 4, 8, …
-        looks = config.s_init is None and not isinstance(taken, Tensor) and taken & (taken + 1) == 0
-        begin = partial(self._begin, config) if looks else None
+        begin = partial(self._begin, config) if config.s_init is None and self._seeks(taken) else None
         self.updater._propose(total, finite, begin, restart)
         if tune:
             self._log(h)
         self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
+    def _seeks(self, taken: int | Tensor) -> bool:
+        """Whether to look for the first update that is not zero after the coming step.
+
+        On an accelerator, which is not asked whether it has been found: after steps 1, 2, 4, 8, …
+        """
+        return not (self._started or isinstance(taken, Tensor) or (not self._betas.is_cpu and taken & (taken + 1)))
+
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
+        self._started = self._has_start()
         return self._state.scales.sum()
+
+    def _has_start(self) -> bool:
+        """Whether s_init is known, as far as the host can tell without waiting."""
+        return self._state.start.is_cpu and bool(self._state.start.any())
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -192,6 +208,7 @@ class Mechanic:
 
         Raises:
             RuntimeError: the scale is still zero.
+            TypeError: this is the ``mechanic`` of a mechanized optimizer, which has no plain one to give back.
             ValueError: it is not known which of the scheduler's numbers are rates; nothing was changed.
         """
         return self.updater.hand_off()
@@ -221,6 +238,8 @@ class Mechanic:
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._started = self._has_start()
+        self.updater._start(self._state.scales.sum())
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""

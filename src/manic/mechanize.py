@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
-from manic.updater import Updater, check_kind, copied, keep_dtypes
+from manic.updater import Updater, check_kind, copied, dtypes, keep_dtypes
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-GROUP_KEYS = tuple(f"mechanic_{name}" for name in ("version", "config", "tuner", "unit", "steps", "skipped"))
+GROUP_KEYS = tuple(
+    f"mechanic_{name}" for name in ("version", "config", "tuner", "unit", "steps", "skipped", "taken", "dtypes")
+)
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
@@ -167,7 +169,7 @@ class _Mechanized(Optimizer):
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
-        mechanic["unit"] = self.updater._unit
+        mechanic |= {"unit": self.updater._unit, "taken": self.updater._count(), "dtypes": dtypes(self)}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
         return state_dict
@@ -178,12 +180,18 @@ class _Mechanized(Optimizer):
         Raises:
             ValueError: the state is of another model, or of an optimizer that is not mechanized.
         """
-        saved = {key: state_dict["param_groups"][0].get(key) for key in GROUP_KEYS}
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        if not groups:
+            raise ValueError(
+                f"The state dict has no param_groups; expected the state dict of a mechanized {self._base.__name__}."
+            )
+        saved = {key: groups[0].get(key) for key in GROUP_KEYS}
         missing = [key for key, value in saved.items() if value is None]
         if missing:
             raise ValueError(
                 f"The state dict's parameter groups lack {', '.join(missing)}; expected the state dict of a mechanized "
-                f"{self._base.__name__}. To go on from a plain one, load it before mechanizing, and start tuning anew."
+                f"{self._base.__name__}. To go on from a plain one, load it into a plain {self._base.__name__}, give "
+                "that to Updater, and start tuning anew."
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
         mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
@@ -196,11 +204,10 @@ class _Mechanized(Optimizer):
 
         base = {**state_dict, "state": base_state}
         super().load_state_dict(base)
-        keep_dtypes(self, base, displacement)
+        keep_dtypes(self, base, mechanic["dtypes"])
         self.mechanic.load_state_dict(mechanic)
-        steps = mechanic["steps"] - int(mechanic["skipped"])
         scale = mechanic["tuner"]["scales"].sum()
-        self.updater._load_tuning(scale, mechanic["unit"], steps, displacement)
+        self.updater._load_tuning(scale, mechanic["unit"], mechanic["taken"], displacement)
         self._mirrored = 0
         self._mark_groups()
 

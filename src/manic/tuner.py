@@ -42,7 +42,7 @@ h       ``h``            (...)      inner product of the displacement Δ with th
 s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
-f       factor           (...)      the schedule's factor: the learning rate over its initial value
+f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has
 T       ``LEARNS``       number     the steps that the tuner learns for
 ε       ``eps``          number     keeps the divisions finite
@@ -62,7 +62,7 @@ What each rule does that the paper as printed does not:
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
 - ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
   there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. Five more changes are each for a measured fault of the published rule (``docs/quality.md``):
+  rate or the loss is in. Five more changes are each for a measured fault of the published rule (``docs/tried.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
@@ -92,7 +92,8 @@ What each rule does that the paper as printed does not:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,6 +126,7 @@ class TunerConfig:
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: an argument is not a number.
 
     Example:
         >>> TunerConfig(rule="optax").s_init
@@ -146,6 +148,8 @@ class TunerConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}.")
+        if not isinstance(self.betas, Iterable):
+            raise TypeError(f"betas is {self.betas!r}; expected several numbers in [0, 1), as in betas=(0.9, 0.99).")
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
         if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
@@ -157,6 +161,8 @@ class TunerConfig:
             value = getattr(self, name)
             if value is None:
                 continue
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} is {value!r}; expected a finite number {low}.")
             if not math.isfinite(value) or value < 0 or (value == 0 and low == "> 0"):
                 hint = (
                     " The scale grows from s_init, so it has to start above zero: try 1e-8." if name == "s_init" else ""

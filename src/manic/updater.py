@@ -7,7 +7,8 @@ import logging
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from manic.displacement import Displacement, wide
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 logger: logging.Logger = logging.getLogger("manic")
 
 # Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
@@ -42,6 +43,7 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
     swa_utils.SWALR: (),
 }
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+NOMINAL = "mechanic_nominal_lr"  # the key of a group's learning rate where the schedule's factor is 1
 
 
 class Updater:
@@ -69,7 +71,8 @@ class Updater:
             parameters are plain tensors, or when ``DTensor`` parameters are spread over some ranks only.
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number.
+        TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number; ``lr_scheduler`` is
+            no scheduler; ``internal_lr`` is not a number.
         ValueError: another argument is out of range, or belongs to another optimizer.
 
     Example:
@@ -114,8 +117,16 @@ class Updater:
         check_kind(type(base))
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
+        if internal_lr is not None and not isinstance(internal_lr, numbers.Real):
+            raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
         if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
             raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
+        steps = getattr(lr_scheduler, "step", None)
+        if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(steps)):
+            raise TypeError(
+                f"lr_scheduler is {lr_scheduler!r}; expected a scheduler, as in "
+                "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."
+            )
         scheduled = getattr(lr_scheduler, "optimizer", base)
         if scheduled is not base:
             raise ValueError(
@@ -134,11 +145,15 @@ class Updater:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._restart: bool | Tensor = False
         self._handed_off = False
-        self._warned_of_change = False
+        self._warned_of_change = self._warned_of_epoch = False
+        self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
         self._internal_lr = internal_lr
-        self._unit = self._find_unit()
+        self._unit = 1.0  # a scale in the user's units per scale in the tuner's
         self._unit_is_settled = False
+        self._find_unit()
+        self._in_step = False
+        _Guard.stand_before(self)
         self._parameter_count = 0
         self._steps = 0  # taken, as far as the host knows
         device = self._parameters()[0].device
@@ -146,6 +161,13 @@ class Updater:
         self._next_scale = self._scale.clone()
         self._finite = torch.ones((), device=device, dtype=torch.bool)
         self._taken = torch.zeros((), device=device, dtype=torch.int64)  # steps, those in replays of a CUDA graph too
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pending:
+            raise RuntimeError(
+                "An Updater cannot be copied or pickled between mechanic.step() and updater.step(). Do it after both."
+            )
+        return self.__dict__
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -192,7 +214,7 @@ class Updater:
             warnings.warn(
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
                 "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
-                stacklevel=3,
+                stacklevel=7,  # the frames between are of `Mechanic.step`, and of decorators
             )
         return self.displacement.sums(self._scale, complete=complete), self._scale
 
@@ -275,8 +297,19 @@ class Updater:
             raise
         self._pending = False
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
-            self.lr_scheduler.step()
+            self._step_schedule(self.lr_scheduler)
         return loss
+
+    def _step_schedule(self, schedule: Any) -> None:
+        if self._epoch not in (None, getattr(schedule, "last_epoch", None)) and not self._warned_of_epoch:
+            self._warned_of_epoch = True
+            warnings.warn(
+                f"Since the last updater.step() the schedule went from step {self._epoch} to {schedule.last_epoch}. "
+                "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater.",
+                stacklevel=5,  # the frames between are of `step` and its decorator
+            )
+        schedule.step()
+        self._epoch = getattr(schedule, "last_epoch", None)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -309,7 +342,8 @@ class Updater:
         """Take the parameters as they are now: x_ref shifts by what others changed, Δ stays.
 
         Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed
-        without this. Call it after those that do not, such as writes through ``parameter.data``.
+        without this. Call it after those that do not, such as writes through ``parameter.data``. With
+        ``store_delta=False`` Δ cannot be told from the change, and starts again from zero.
         """
         self._check_open()
         self.displacement.refresh(self._parameters(), self._scale, changed=True)
@@ -322,6 +356,11 @@ class Updater:
             raise RuntimeError(
                 f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
             )
+        if hasattr(self.base_optimizer, "covered_class"):
+            raise TypeError(
+                "hand_off() gives back a plain optimizer and its schedule, and a mechanized optimizer has neither. "
+                "Train with Updater(optimizer, lr_scheduler) and Mechanic."
+            )
         if isinstance(self.base_optimizer, torch.optim.ASGD | torch.optim.Rprop):
             raise ValueError(
                 f"hand_off() cannot rescale a {type(self.base_optimizer).__name__}: its state holds step sizes. "
@@ -331,6 +370,8 @@ class Updater:
         rates += [(group, name) for group in self.param_groups for name in GROUP_RATES if name in group]
         for owner, name in rates:
             owner[name] = _rescaled(owner[name], scale)
+        for group in self.param_groups:
+            group.pop(NOMINAL, None)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
         self._handed_off = True
         return self.base_optimizer, self.lr_scheduler
@@ -361,8 +402,9 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
-            "steps": max(self._steps, int(self._taken)),
+            "steps": self._count(),
             "displacement": self.displacement.state(self._parameters()),
+            "dtypes": dtypes(self.base_optimizer),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,9 +414,8 @@ class Updater:
             ValueError: the state is of another kind, model or schedule.
         """
         self._check_open()
-        check_version(
-            state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "steps", "displacement")
-        )
+        keys = ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "steps", "displacement", "dtypes")
+        check_version(state_dict, "Updater", keys)
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
                 raise ValueError(
@@ -388,13 +429,29 @@ class Updater:
             raise ValueError(
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
+        if self.lr_scheduler is not None:
+            self._load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])
         base_optimizer = state_dict["base_optimizer"]
         # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
         self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
-        keep_dtypes(self.base_optimizer, base_optimizer, state_dict["displacement"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(copy.deepcopy(state_dict["lr_scheduler"]))
+        keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
         self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["steps"], state_dict["displacement"])
+
+    def _load_schedule(self, schedule: Any, state: dict[str, Any]) -> None:
+        before = copy.deepcopy(schedule.state_dict())
+        try:
+            schedule.load_state_dict(copy.deepcopy(state))
+        except Exception as error:
+            schedule.load_state_dict(before)
+            raise ValueError(
+                f"The state of the {type(schedule).__name__} does not fit ({type(error).__name__}: {error}). "
+                "Build it as it was when saved."
+            ) from error
+        self._epoch = None
+
+    def _count(self) -> int:
+        """The steps taken, those in replays of a CUDA graph too."""
+        return max(self._steps, int(self._taken))
 
     def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Raise ValueError unless `_load_tuning` can take ``displacement``."""
@@ -411,24 +468,23 @@ class Updater:
         self.displacement.load_state(displacement, self._parameters())
 
     def _factor(self) -> Tensor:
-        """The smallest learning rate above 0 of all groups, 0-d: a schedule raises it, a group that joins does not."""
-        host, device = [], []
+        """The schedule's factor f, 0-d: the largest of the groups' learning rates over their nominal ones."""
+        host, device = [0.0], []
         for group in self.param_groups:
-            rate = group["lr"]
-            (device if isinstance(rate, Tensor) and rate.device == self._scale.device else host).append(rate)
-        factor = torch.full_like(self._scale, min((float(rate) for rate in host if rate > 0), default=0.0))
-        for rate in (rate.to(factor).reshape(()) for rate in device):
-            least = torch.minimum(factor, rate)
-            factor = torch.where(least > 0, least, torch.maximum(factor, rate))
-        return factor * self._unit
+            if not group.get(NOMINAL):
+                continue
+            factor = group["lr"] / group[NOMINAL]
+            if isinstance(factor, Tensor) and factor.device == self._scale.device:
+                device.append(factor.to(self._scale.dtype).reshape(()))
+            else:
+                host.append(float(factor))
+        return torch.stack([torch.full_like(self._scale, max(host)), *device]).amax()
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
-        factors = [
-            float(group["lr"]) / float(group["initial_lr"]) for group in self.param_groups if group.get("initial_lr")
-        ]
+        factor = self._factor()
         param_square, update_square, count = self.displacement.first_sizes(self._scale)
-        return param_square.sqrt(), update_square.sqrt() / (max(factors, default=1.0) or 1.0), count
+        return param_square.sqrt(), update_square.sqrt() / torch.where(factor > 0, factor, 1), count
 
     def _check_open(self) -> None:
         if self._handed_off:
@@ -458,23 +514,29 @@ class Updater:
         optimizer = getattr(self.base_optimizer, "kind", type(self.base_optimizer).__name__)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _find_unit(self) -> float:
-        """internal_lr / (largest initial lr): a scale in the user's units per scale in the tuner's."""
+    def _find_unit(self) -> None:
+        """Note the groups' nominal learning rates; the unit is internal_lr over the largest."""
+        for group in self.param_groups:
+            group[NOMINAL] = _nominal(group)
         if self._internal_lr is None:
-            return 1.0
-        largest = max(float(group.get("initial_lr", group["lr"])) for group in self.param_groups)
+            return
+        largest = max(group[NOMINAL] for group in self.param_groups)
         unit = self._internal_lr / largest if largest > 0 else math.inf
         if not (math.isfinite(unit) and unit > 0):
             raise ValueError(
                 f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, for example lr=1.0."
             )
-        return unit
+        self._unit = unit
 
     def _settle_unit(self) -> None:
-        """Look again at the first step: a scheduler built since may have set other rates."""
-        if self._unit_is_settled or not any(float(group["lr"]) for group in self.param_groups):
-            return  # nor while all rates are zero, as when torch makes an optimizer set up its state
-        self._unit, self._unit_is_settled = self._find_unit(), True
+        """Look again at the first step: a scheduler built since may have set other rates. Groups may join later."""
+        if self._unit_is_settled:
+            for group in self.param_groups:
+                if not group.get(NOMINAL):
+                    group[NOMINAL] = _nominal(group)
+        elif any(float(group["lr"]) for group in self.param_groups):  # else torch has an optimizer set up its state
+            self._find_unit()
+            self._unit_is_settled = True
 
     def _to(self, device: torch.device) -> None:
         if self._scale.device != device:
@@ -485,11 +547,13 @@ class Updater:
     @contextmanager
     def _internal_rates(self) -> Iterator[None]:
         given = [group["lr"] for group in self.param_groups]
+        self._in_step = True
         try:
             for group in self.param_groups:
                 group["lr"] = group["lr"] * self._unit
             yield
         finally:
+            self._in_step = False
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
@@ -533,6 +597,39 @@ class Updater:
             del optimizer.grad_scale, optimizer.found_inf
 
 
+class _Guard:
+    """A hook of the base optimizer that refuses steps which its `Updater` does not take."""
+
+    is_guard = True
+
+    def __init__(self, updater: Updater) -> None:
+        self._updater = weakref.ref(updater)
+
+    @classmethod
+    def stand_before(cls, updater: Updater) -> None:
+        hooks = getattr(updater.base_optimizer, "_optimizer_step_pre_hooks", None)
+        if hooks is None:  # not an optimizer of torch's
+            return
+        for key in [key for key, hook in hooks.items() if isinstance(hook, cls)]:
+            del hooks[key]
+        updater.base_optimizer.register_step_pre_hook(cls(updater))
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        updater = self._updater()
+        if updater is None or updater._in_step or updater._handed_off:
+            return
+        if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
+            raise RuntimeError(
+                "optimizer.step() was called, but this optimizer's steps are taken by updater.step(): leave it out. "
+                "To go on without manic, call mechanic.hand_off() first. Nothing was changed."
+            )
+
+
+def _nominal(group: dict[str, Any]) -> float:
+    """The learning rate where the schedule's factor is 1: the initial one, which for OneCycleLR is not the start's."""
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+
+
 def scale_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -559,7 +656,12 @@ def copied(value: Any) -> Any:
         return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
 
 
-def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[int, dict[str, Tensor]]) -> None:
+def dtypes(optimizer: Optimizer) -> list[str]:
+    """Those of the parameters, by name."""
+    return [str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], saved_dtypes: list[str]) -> None:
     """Give back the dtype of state that was not of its parameter's dtype when it was saved.
 
     torch casts all but ``step`` to the parameter's dtype on loading: float32 state under bfloat16 parameters would
@@ -567,18 +669,19 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], displacement: dict[
     """
     saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, (key, parameter) in enumerate(zip(saved_keys, parameters, strict=True)):
+    for key, parameter, dtype in zip(saved_keys, parameters, saved_dtypes, strict=True):
         loaded = optimizer.state.get(parameter) or {}
         for name, value in saved["state"].get(key, {}).items():
-            if not isinstance(value, Tensor) or i not in displacement or name == "step" or name not in loaded:
+            if not isinstance(value, Tensor) or dtype != str(parameter.dtype) or name == "step" or name not in loaded:
                 continue
-            same_model = displacement[i]["reference"].dtype == wide(parameter.dtype)
-            if same_model and value.dtype == wide(value.dtype) != parameter.dtype:
+            if value.dtype == wide(value.dtype) != parameter.dtype:
                 loaded[name] = value.to(loaded[name].device, copy=True)
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:
-    """Raise ValueError unless a state dict is one of ours."""
+    """Raise ValueError, or TypeError, unless a state dict is one of ours."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"The state dict is {state_dict!r:.60}; expected what {kind}.state_dict() returns.")
     missing = [key for key in ("version", *keys) if key not in state_dict]
     if missing:
         raise ValueError(

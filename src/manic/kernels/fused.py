@@ -86,7 +86,7 @@ def _is_hooked(optimizer: Any) -> bool:
     step = vars(optimizer).get("step")
     return bool(
         (step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step)
-        or getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        or any(not hasattr(hook, "is_guard") for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values())
         or getattr(optimizer, "_optimizer_step_post_hooks", None)
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks

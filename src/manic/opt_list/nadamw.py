@@ -37,8 +37,9 @@ class NAdamW(Optimizer):
     It differs from the published implementation in one thing: the schedule is at the step of the parameter group,
     not at the one of each parameter, so that a parameter that joins late or misses steps decays with the others.
 
-    The schedule multiplies ``lr``, so that one of ``torch.optim.lr_scheduler`` may come on top, and `manic.Updater`
-    may take this optimizer for its base. After ``training_steps`` the last rate stays, and a warning is given once.
+    The schedule multiplies ``lr``, so that one of ``torch.optim.lr_scheduler`` may come on top. After
+    ``training_steps`` the last rate stays, and a warning is given once. `manic.Updater` may take this optimizer for its
+    base; it cannot see this schedule, so give it a ``LambdaLR`` of `Config.lr_factor`, and here ``training_steps=None``.
 
     Args:
         params: parameters or groups of them; a group may have its own value of every argument but the last two.

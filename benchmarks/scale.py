@@ -37,7 +37,7 @@ def table() -> None:
     for name, parameters in MODELS.items():
         for ranks in RANKS:
             one, two = (memory(parameters, ranks, copies) for copies in (1, 2))
-            ours, base = (1e3 * seconds(parameters, ranks, words) for words in (9, 7))
+            ours, base = (1e3 * seconds(parameters, ranks, words) for words in (8, 7))
             bus = 1e3 * seconds(parameters, ranks, 5, BUS)
             kept = f"{one:8.3f} GiB {two:8.3f} GiB"
             print(f"{name:>6} on {ranks:>6} ranks {kept} {ours:12.3f} ms {base:9.3f} ms {bus:12.3f} ms {4 * 8:9d} B")

@@ -39,7 +39,7 @@ class NAdamW(Optimizer):
 
     The schedule multiplies ``lr``, so that one of ``torch.optim.lr_scheduler`` may come on top. After
     ``training_steps`` the last rate stays, and a warning is given once. `manic.Updater` may take this optimizer for its
-    base; it cannot see this schedule, so give it a ``LambdaLR`` of `Config.lr_factor`, and here ``training_steps=None``.
+    base; it cannot see this schedule: give it a ``LambdaLR`` of `Config.lr_factor`, and here ``training_steps=None``.
 
     Args:
         params: parameters or groups of them; a group may have its own value of every argument but the last two.

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from manic import Mechanic, Updater, mechanize
-from manic.updater import STATE_VERSION
+from manic.checkpoint import STATE_VERSION
 
 
 @pytest.fixture(scope="module")

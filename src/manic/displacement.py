@@ -633,6 +633,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def scale_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _placed(value: Any, device: torch.device) -> Any:
     """A tensor on a device; anything else as it is."""
     return value.to(device) if isinstance(value, Tensor) else value

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import tuner
+from manic.checkpoint import STATE_VERSION, check_version
 from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
-from manic.updater import STATE_VERSION, Updater, check_version
+from manic.updater import Updater
 
 logger: logging.Logger = logging.getLogger("manic")
 
@@ -161,7 +162,7 @@ class Mechanic:
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        factor = self.updater._factor()
+        factor = self.updater._factor
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor)
         if not tune:
             after, total = self._state, self._state.scales.sum()

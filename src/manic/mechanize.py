@@ -12,10 +12,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
+from manic.checkpoint import copied, dtypes, keep_dtypes
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
-from manic.updater import Updater, check_kind, copied, dtypes, keep_dtypes
+from manic.updater import Updater, check_kind
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")

@@ -8,42 +8,21 @@ import math
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer, lr_scheduler
 
-from manic.displacement import Displacement, wide
+from manic import rates
+from manic.checkpoint import STATE_VERSION, check_version, copied, dtypes, keep_dtypes, load_schedule
+from manic.displacement import Displacement, scale_dtype
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 
-STATE_VERSION = 7
 logger: logging.Logger = logging.getLogger("manic")
-
-# Attributes that are learning rates, beside base_lrs, of the schedulers whose rates `hand_off` can rescale.
-SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
-    lr_scheduler.LambdaLR: (),
-    lr_scheduler.MultiplicativeLR: (),
-    lr_scheduler.StepLR: (),
-    lr_scheduler.MultiStepLR: (),
-    lr_scheduler.ConstantLR: (),
-    lr_scheduler.LinearLR: (),
-    lr_scheduler.ExponentialLR: (),
-    lr_scheduler.PolynomialLR: (),
-    lr_scheduler.SequentialLR: (),
-    lr_scheduler.ChainedScheduler: (),
-    lr_scheduler.OneCycleLR: (),
-    lr_scheduler.CosineAnnealingLR: ("eta_min",),
-    lr_scheduler.CosineAnnealingWarmRestarts: ("eta_min",),
-    lr_scheduler.CyclicLR: ("max_lrs",),
-    lr_scheduler.ReduceLROnPlateau: ("min_lrs", "default_min_lr", "eps"),
-    swa_utils.SWALR: (),
-}
-GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-NOMINAL = "mechanic_nominal_lr"  # the key of a group's learning rate where the schedule's factor is 1
 
 
 class Updater:
@@ -323,7 +302,7 @@ class Updater:
             return
         parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in parameters]
-        rates = [group["lr"] for group in self.param_groups]
+        given = [group["lr"] for group in self.param_groups]
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -333,7 +312,7 @@ class Updater:
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            for group, rate in zip(self.param_groups, rates, strict=True):
+            for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
         self.displacement.refresh(self._parameters(), self._scale)
 
@@ -366,12 +345,7 @@ class Updater:
                 f"hand_off() cannot rescale a {type(self.base_optimizer).__name__}: its state holds step sizes. "
                 "Keep tuning, or start a new optimizer with lr multiplied by float(mechanic.scale)."
             )
-        rates = list(_scheduler_rates(self.lr_scheduler))
-        rates += [(group, name) for group in self.param_groups for name in GROUP_RATES if name in group]
-        for owner, name in rates:
-            owner[name] = _rescaled(owner[name], scale)
-        for group in self.param_groups:
-            group.pop(NOMINAL, None)
+        rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
         self._handed_off = True
         return self.base_optimizer, self.lr_scheduler
@@ -430,24 +404,13 @@ class Updater:
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
         if self.lr_scheduler is not None:
-            self._load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])
+            load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])
+            self._epoch = None
         base_optimizer = state_dict["base_optimizer"]
         # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
         self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
         keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
         self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["steps"], state_dict["displacement"])
-
-    def _load_schedule(self, schedule: Any, state: dict[str, Any]) -> None:
-        before = copy.deepcopy(schedule.state_dict())
-        try:
-            schedule.load_state_dict(copy.deepcopy(state))
-        except Exception as error:
-            schedule.load_state_dict(before)
-            raise ValueError(
-                f"The state of the {type(schedule).__name__} does not fit ({type(error).__name__}: {error}). "
-                "Build it as it was when saved."
-            ) from error
-        self._epoch = None
 
     def _count(self) -> int:
         """The steps taken, those in replays of a CUDA graph too."""
@@ -467,22 +430,14 @@ class Updater:
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
 
+    @property
     def _factor(self) -> Tensor:
-        """The schedule's factor f, 0-d: the largest of the groups' learning rates over their nominal ones."""
-        host, device = [0.0], []
-        for group in self.param_groups:
-            if not group.get(NOMINAL):
-                continue
-            factor = group["lr"] / group[NOMINAL]
-            if isinstance(factor, Tensor) and factor.device == self._scale.device:
-                device.append(factor.to(self._scale.dtype).reshape(()))
-            else:
-                host.append(float(factor))
-        return torch.stack([torch.full_like(self._scale, max(host)), *device]).amax()
+        """The schedule's factor f, 0-d."""
+        return rates.factor(self.param_groups, self._scale)
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
-        factor = self._factor()
+        factor = self._factor
         param_square, update_square, count = self.displacement.first_sizes(self._scale)
         return param_square.sqrt(), update_square.sqrt() / torch.where(factor > 0, factor, 1), count
 
@@ -516,24 +471,20 @@ class Updater:
 
     def _find_unit(self) -> None:
         """Note the groups' nominal learning rates; the unit is internal_lr over the largest."""
-        for group in self.param_groups:
-            group[NOMINAL] = _nominal(group)
-        if self._internal_lr is None:
-            return
-        largest = max(group[NOMINAL] for group in self.param_groups)
-        unit = self._internal_lr / largest if largest > 0 else math.inf
-        if not (math.isfinite(unit) and unit > 0):
-            raise ValueError(
-                f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, for example lr=1.0."
-            )
-        self._unit = unit
+        if self._internal_lr is not None:
+            largest = max(map(rates.nominal, self.param_groups))
+            unit = self._internal_lr / largest if largest > 0 else math.inf
+            if not (math.isfinite(unit) and unit > 0):
+                raise ValueError(
+                    f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
+                )
+            self._unit = unit
+        rates.note(self.param_groups)
 
     def _settle_unit(self) -> None:
         """Look again at the first step: a scheduler built since may have set other rates. Groups may join later."""
         if self._unit_is_settled:
-            for group in self.param_groups:
-                if not group.get(NOMINAL):
-                    group[NOMINAL] = _nominal(group)
+            rates.note([group for group in self.param_groups if not group.get(rates.NOMINAL)])
         elif any(float(group["lr"]) for group in self.param_groups):  # else torch has an optimizer set up its state
             self._find_unit()
             self._unit_is_settled = True
@@ -625,16 +576,6 @@ class _Guard:
             )
 
 
-def _nominal(group: dict[str, Any]) -> float:
-    """The learning rate where the schedule's factor is 1: the initial one, which for OneCycleLR is not the start's."""
-    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
-
-
-def scale_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def check_kind(kind: type) -> None:
     """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach."""
     if hasattr(kind, "train") and hasattr(kind, "eval"):
@@ -642,72 +583,3 @@ def check_kind(kind: type) -> None:
             f"The optimizer is a {kind.__name__}, which keeps two sets of weights and switches between them with "
             "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
         )
-
-
-def copied(value: Any) -> Any:
-    """A deep copy, also of tensors that torch cannot clone, such as torchao's quantized state."""
-    if isinstance(value, dict):
-        return {key: copied(entry) for key, entry in value.items()}
-    try:
-        return copy.deepcopy(value)
-    except NotImplementedError:
-        names, context = value.__tensor_flatten__()
-        parts = {name: getattr(value, name).clone() for name in names}
-        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
-
-
-def dtypes(optimizer: Optimizer) -> list[str]:
-    """Those of the parameters, by name."""
-    return [str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], saved_dtypes: list[str]) -> None:
-    """Give back the dtype of state that was not of its parameter's dtype when it was saved.
-
-    torch casts all but ``step`` to the parameter's dtype on loading: float32 state under bfloat16 parameters would
-    lose its digits, and NAdam's ``mu_product`` does not resume bit for bit.
-    """
-    saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, parameter, dtype in zip(saved_keys, parameters, saved_dtypes, strict=True):
-        loaded = optimizer.state.get(parameter) or {}
-        for name, value in saved["state"].get(key, {}).items():
-            if not isinstance(value, Tensor) or dtype != str(parameter.dtype) or name == "step" or name not in loaded:
-                continue
-            if value.dtype == wide(value.dtype) != parameter.dtype:
-                loaded[name] = value.to(loaded[name].device, copy=True)
-
-
-def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:
-    """Raise ValueError, or TypeError, unless a state dict is one of ours."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"The state dict is {state_dict!r:.60}; expected what {kind}.state_dict() returns.")
-    missing = [key for key in ("version", *keys) if key not in state_dict]
-    if missing:
-        raise ValueError(
-            f"The state dict lacks {', '.join(missing)} (it has {', '.join(map(str, state_dict))}); "
-            f"expected what {kind}.state_dict() returns."
-        )
-    if state_dict["version"] != STATE_VERSION:
-        raise ValueError(
-            f"The {kind} state dict is of version {state_dict['version']}; this release reads version {STATE_VERSION}."
-        )
-
-
-def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    if scheduler is None:
-        return
-    if type(scheduler) not in SCHEDULER_RATES:
-        raise ValueError(
-            f"hand_off() cannot rescale a {type(scheduler).__name__}: which of its numbers are learning rates is not "
-            "known. Multiply the optimizer's lr by float(mechanic.scale) yourself, and build a scheduler on it."
-        )
-    for name in ("base_lrs", "_last_lr", *SCHEDULER_RATES[type(scheduler)]):
-        if vars(scheduler).get(name) is not None:
-            yield vars(scheduler), name
-    for child in vars(scheduler).get("_schedulers", ()):
-        yield from _scheduler_rates(child)
-
-
-def _rescaled(rate: Any, scale: float) -> Any:
-    return [one * scale for one in rate] if isinstance(rate, list) else rate * scale

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
-from manic.displacement import wide
+from manic.displacement import scale_dtype, wide
 from manic.functional.tree import Tree, check_params, map_leaves, tree_where
 from manic.tuner import Sums, TunerConfig, TunerState
-from manic.updater import scale_dtype
 
 
 class MechanizeState(NamedTuple):

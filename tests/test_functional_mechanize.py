@@ -95,9 +95,9 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
 
     config_class, base_init, base_step = OPTIMIZERS[name]
     config = config_class(**options)
-    init, step = mechanize(base_step, TunerConfig(**tuner), lr=config.lr)
+    init, step = mechanize(base_step, TunerConfig(**tuner))
     ours = start
-    state = init(ours, base_init(ours, config))
+    state = init(ours, base_init(ours, config), config.lr)
     done = 0
     for t in range(steps):
         grads = spoiled(torch.func.grad(loss)(ours, t), t)
@@ -156,6 +156,29 @@ def test_an_ensemble_equals_separate_runs():
         assert float(one_state.base.step) == (29 if i == 2 else 30)
         assert distance(tree_map(lambda leaf, i=i: leaf[i], params), one) <= 1e-12
         assert distance(tree_map(lambda leaf, i=i: leaf[i], state), one_state) <= 1e-12
+
+
+def test_every_model_of_an_ensemble_is_the_same_whatever_its_rate():
+    start, loss = make_problem()
+    config = AdamConfig(lr=1.0, weight_decay=1e-2)
+    init, step = mechanize(adamw_step)
+    lrs = torch.tensor([1e-6, 1.0, 1e3]).double()
+
+    def begin(lr):
+        return start, init(start, adam_init(start, config), lr)
+
+    params, state = torch.func.vmap(begin)(lrs)
+    for t in range(300):
+        params, state = torch.func.vmap(
+            lambda params, state, lr, t=t: step(
+                params, torch.func.grad(loss)(params, t), state, replace(config, lr=lr * schedules.cosine(t / 300))
+            )
+        )(params, state, lrs)
+    models = [tree_map(lambda leaf, i=i: leaf[i], params) for i in range(3)]
+    assert distance(models[1], start) > 0.05
+    assert distance(models[0], models[1]) < 1e-7
+    assert distance(models[2], models[1]) < 1e-7
+    torch.testing.assert_close(state.scale * lrs, state.scale[1].expand(3), rtol=1e-6, atol=0)
 
 
 def test_is_pure():

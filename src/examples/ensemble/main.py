@@ -65,8 +65,8 @@ def main() -> None:
 
     init, tuned_step = mechanize(adamw_step)
 
-    def begin(params):
-        return params, init(params, adam_init(params, CONFIG))
+    def begin(params, lr):
+        return params, init(params, adam_init(params, CONFIG), lr)
 
     def train(params, state, lr, batch, factor):
         return tuned_step(params, grad(loss)(params, batch), state, replace(CONFIG, lr=lr * factor))
@@ -77,7 +77,7 @@ def main() -> None:
     factors = [schedules.cosine(t / STEPS) for t in range(STEPS)]
     in_dims = (0, 0, 0, 0, None)
     train_all = vmap(train, in_dims)
-    params, state = tree_map(torch.clone, vmap(begin)(start))  # vmap only expands what is the same for all
+    params, state = tree_map(torch.clone, vmap(begin)(start, lrs))  # vmap only expands what is the same for all
     if options.compile:
         train_all = torch.compile(train_all, fullgraph=True)
         train_all(params, state, lrs, batches[:, 0], factors[0])
@@ -91,7 +91,7 @@ def main() -> None:
 
     clock = time.perf_counter()
     for i in range(options.loops):
-        alone, alone_state = begin({name: p[i] for name, p in start.items()})
+        alone, alone_state = begin({name: p[i] for name, p in start.items()}, lrs[i])
         for t in range(STEPS):
             alone, alone_state = train(alone, alone_state, lrs[i], batches[i, t], factors[t])
     one_by_one = (time.perf_counter() - clock) * len(seeds) / options.loops

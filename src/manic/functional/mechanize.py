@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
 from manic.displacement import scale_dtype, wide
-from manic.functional.tree import Tree, check_params, map_leaves, tree_where
+from manic.functional.tree import Number, Tree, check_params, map_leaves, tree_where
 from manic.tuner import Sums, TunerConfig, TunerState
 
 
@@ -19,8 +19,8 @@ class MechanizeState(NamedTuple):
     """What a mechanized stepper remembers.
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
-    parameters; ``tuner`` has tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), and ``steps``, 0-d,
-    counts the steps that were not skipped.
+    parameters; ``tuner`` has tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), ``steps``, 0-d,
+    counts the steps that were not skipped, and ``lr``, 0-d, is the rate that the schedule multiplies.
     """
 
     base: Any
@@ -29,6 +29,7 @@ class MechanizeState(NamedTuple):
     tuner: TunerState
     betas: Tensor
     steps: Tensor
+    lr: Tensor
 
     @property
     def scale(self) -> Tensor:
@@ -37,29 +38,29 @@ class MechanizeState(NamedTuple):
 
 
 class Mechanized(NamedTuple):
-    """What `mechanize` returns: ``init(params, base_state) -> state``, and a ``step`` called as the base's is."""
+    """What `mechanize` returns: ``init(params, base_state, lr=1.0)``, and a ``step`` called as the base's is."""
 
-    init: Callable[[Tree, Any], MechanizeState]
+    init: Callable[..., MechanizeState]
     step: Callable[[Tree, Tree, MechanizeState, Any], tuple[Tree, MechanizeState]]
 
 
 def mechanize(
-    step: Callable[[Tree, Tree, Any, Any], tuple[Tree, Any]], config: TunerConfig | None = None, *, lr: float = 1.0
+    step: Callable[[Tree, Tree, Any, Any], tuple[Tree, Any]], config: TunerConfig | None = None
 ) -> Mechanized:
     """Have a stepper's learning-rate scale learned while it runs.
 
     The new stepper is pure if the given one is, and equals `Mechanic` and `Updater` with ``store_delta=True,
     internal_lr=None``: parameters changed between two steps keep the change, and a step whose gradient or h is not
-    finite changes nothing. It steps at the lr of the config, of which the scale is in units;
-    start from lr=1, whatever the model. A schedule multiplies the lr as ever.
+    finite changes nothing. It steps at the lr of the config, of which the scale is in units.
 
     Args:
         step: ``step(params, grads, state, config) -> (params, state)``, whose state is a tree of tensors.
         config: the tuner's constants; ``None`` for the defaults.
-        lr: the rate that the schedule multiplies. By it a warmup's first update is told from a small one.
 
     Returns:
-        ``init`` and ``step``. The latter raises ValueError if the base's config has ``maximize=True``.
+        ``init`` and ``step``. The former takes the rate that a schedule multiplies, if it is not 1, as a number or a
+        0-d tensor: by it a warmup's first update is told from a small one. The latter raises ValueError if the base's
+        config has ``maximize=True``.
 
     Source:
         Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
@@ -84,7 +85,7 @@ def mechanize(
             "to the step that mechanize returns, as it went to the stepper."
         )
 
-    def init(params: Tree, base_state: Any) -> MechanizeState:
+    def init(params: Tree, base_state: Any, lr: Number = 1.0) -> MechanizeState:
         device = check_params(params)
         dtype = scale_dtype(device)
         return MechanizeState(
@@ -94,6 +95,7 @@ def mechanize(
             tuner=tuner.init(constants, device, dtype),
             betas=torch.tensor(constants.betas, device=device, dtype=dtype),
             steps=torch.zeros((), device=device, dtype=torch.int64),
+            lr=torch.as_tensor(lr, device=device, dtype=dtype).clone(),
         )
 
     def mechanized_step(params: Tree, grads: Tree, state: MechanizeState, config: Any) -> tuple[Tree, MechanizeState]:
@@ -107,7 +109,7 @@ def mechanize(
         sums = _sums(params, grads, state.delta, scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
-        factor = getattr(config, "lr", lr) / lr
+        factor = getattr(config, "lr", state.lr) / state.lr
         learning = tuner.is_learning(steps, constants)
         tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor)
         if constants.s_init is None:
@@ -126,13 +128,13 @@ def mechanize(
             return end.to(x.dtype), torch.where(restart, end, reference), torch.where(restart, 0, delta)
 
         moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
-        after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps)
+        after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps, state.lr)
         return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
 
     return Mechanized(init, mechanized_step)
 
 
-def _begun(state: TunerState, before: Tree, after: Tree, factor: float | Tensor, config: TunerConfig) -> TunerState:
+def _begun(state: TunerState, before: Tree, after: Tree, factor: Tensor, config: TunerConfig) -> TunerState:
     """`tuner.begin`, from the parameters before and after a base step."""
     wide = state.start.dtype
 

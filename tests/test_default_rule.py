@@ -361,6 +361,20 @@ def test_a_group_whose_rate_is_set_to_zero_does_not_slow_the_others(one: float |
     assert scales[301] > 0.9 * scales[299]
 
 
+@pytest.mark.parametrize("one", [1.0, torch.tensor(1.0)])
+def test_a_group_that_is_warmed_up_alone_does_not_slow_the_others(one: float | torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model, late = torch.nn.Linear(8, 1), torch.nn.Parameter(torch.zeros(()))
+    base = torch.optim.SGD([{"params": model.parameters(), "lr": one}, {"params": [late], "lr": 0 * one}])
+    scales = []
+    for scale in trained(Updater(base), lambda x: model(x) + late, 320):
+        scales.append(scale)
+        if len(scales) >= 300:
+            base.param_groups[1]["lr"] = (len(scales) - 299) / 20 * one
+    assert late != 0
+    assert scales[-1] > 0.8 * scales[299]
+
+
 def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:
     """Against the line that the targets are, with as much noise again, after 600 steps on 200 rows."""
     torch.manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import pickle
 import warnings
@@ -104,7 +103,7 @@ def test_parameters_added_between_the_steps() -> None:
     updater.base_optimizer.add_param_group({"params": model.out.parameters()})
     before = flat(model)
     with pytest.raises(
-        RuntimeError, match=r"added between mechanic.step\(\) and updater.step\(\). Call mechanic.step\(\)"
+        RuntimeError, match=r"not those that mechanic.step\(\) saw: some were added.*Call mechanic.step\(\) again"
     ):
         updater.step()
     assert torch.equal(flat(model), before)
@@ -197,7 +196,8 @@ def test_hand_off_that_cannot_be() -> None:
         mechanic.step()
         updater.step()
     with pytest.raises(
-        ValueError, match=r"cannot rescale a Odd.*Multiply the optimizer's lr by float\(mechanic.scale\)"
+        ValueError,
+        match=r"cannot rescale a Odd.*Note float\(mechanic.scale\), set updater.lr_scheduler = None, call hand_",
     ):
         mechanic.hand_off()
     assert optimizer.param_groups[0]["lr"] == 1.0
@@ -240,11 +240,11 @@ def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
     step(1)
     assert not torch.equal(flat(model), before)
 
-    updater = Updater(base)  # a second one takes its place
+    first, updater = updater, Updater(base)  # takes its place
     mechanic = Mechanic(updater)
     step(2)
+    assert first is not updater
     mechanic.hand_off()
-    assert set(base.param_groups[0]) == set(torch.optim.SGD(model.parameters(), lr=1.0).param_groups[0])
     before = flat(model)
     base.step()
     assert not torch.equal(flat(model), before)
@@ -253,10 +253,13 @@ def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
 def test_a_base_optimizer_that_outlives_its_updater_is_a_plain_one() -> None:
     model = make_net()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    Updater(base)
-    gc.collect()
-    before = flat(model)
+    updater = Updater(base)
+    mechanic = Mechanic(updater)
     backward(model, 0)
+    mechanic.step()
+    updater.step()
+    del updater, mechanic
+    before = flat(model)
     base.step()
     assert not torch.equal(flat(model), before)
 
@@ -278,23 +281,37 @@ def test_a_schedule_that_is_stepped_twice() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             schedule.step()
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 1})  # going back is no fault
+    backward(model, 4)
+    mechanic.step()
+    updater.step()
     ((when, message, filename),) = said
     assert when == 1
     assert "went from step 1 to 2. updater.step() steps it: leave out lr_scheduler.step()" in message
     assert filename == __file__
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
 def test_a_copy_between_the_two_steps(copied: Any) -> None:
+    """What `mechanic.step` saw is not in it, so it wants that again, and goes on as the run that it is of."""
     model = make_net()
     updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
-    mechanic = Mechanic(updater)
+    run = [model, updater, Mechanic(updater)]
     backward(model, 0)
-    mechanic.step()
-    with pytest.raises(RuntimeError, match=r"between mechanic.step\(\) and updater.step\(\). Do it after both"):
-        copied((model, updater, mechanic))
-    updater.step()
-    copied((model, updater, mechanic))
+    run[2].step()
+    other = copied(run)
+    with pytest.raises(RuntimeError, match=r"or this is a copy. Call mechanic.step\(\) again"):
+        other[1].step()
+    run[1].step()
+    backward(other[0], 0)
+    other[2].step()
+    other[1].step()
+    for step in range(1, 5):
+        for one in (run, other):
+            backward(one[0], step)
+            one[2].step()
+            one[1].step()
+    assert torch.equal(flat(run[0]), flat(other[0]))
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,8 @@ ERRORS = [
     (lambda: run(grads={"w": torch.ones(3)}), ValueError, r"grads\['w'\].*\(3,\); expected a tensor of shape \(2,\)"),
     (lambda: run(delta={"v": torch.ones(2)}), ValueError, r"key"),
     (lambda: mechanize(sgd_step).init({}, ()), ValueError, r"params has no tensors"),
+    (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), 0.0), ValueError, r"lr is 0.0; expected .* number > 0"),
+    (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), torch.ones(1)), ValueError, r"lr has shape \(1,\)"),
 ]
 
 

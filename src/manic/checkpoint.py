@@ -54,6 +54,8 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any], saved_dtypes: list[
     lose its digits, and NAdam's ``mu_product`` does not resume bit for bit.
     """
     saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
+    if len(saved_keys) != len(saved_dtypes):  # a part of the model, of which torch loads the state
+        saved_dtypes = dtypes(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, parameter, dtype in zip(saved_keys, parameters, saved_dtypes, strict=True):
         loaded = optimizer.state.get(parameter) or {}

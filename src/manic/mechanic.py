@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -83,7 +84,7 @@ class Mechanic:
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        if not isinstance(log_every, int) or log_every < 0:
+        if not isinstance(log_every, numbers.Integral) or log_every < 0:
             raise ValueError(f"log_every is {log_every!r}; expected a number of steps, 0 or more.")
         if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
             raise TypeError(

@@ -20,9 +20,8 @@ from manic.updater import Updater, check_kind
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-GROUP_KEYS = tuple(
-    f"mechanic_{name}" for name in ("version", "config", "tuner", "unit", "steps", "skipped", "taken", "dtypes")
-)
+NUMBERS = ("version", "config", "tuner", "unit", "steps", "skipped", "taken", "dtypes", "rates")
+GROUP_KEYS = tuple(f"mechanic_{name}" for name in NUMBERS)
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
@@ -170,7 +169,8 @@ class _Mechanized(Optimizer):
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
-        mechanic |= {"unit": self.updater._unit, "taken": self.updater._count(), "dtypes": dtypes(self)}
+        mechanic |= {"unit": self.updater._unit, "rates": self.updater._nominal_rates}
+        mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self)}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
         return state_dict
@@ -208,7 +208,7 @@ class _Mechanized(Optimizer):
         keep_dtypes(self, base, mechanic["dtypes"])
         self.mechanic.load_state_dict(mechanic)
         scale = mechanic["tuner"]["scales"].sum()
-        self.updater._load_tuning(scale, mechanic["unit"], mechanic["taken"], displacement)
+        self.updater._load_tuning(scale, mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement)
         self._mirrored = 0
         self._mark_groups()
 

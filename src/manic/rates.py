@@ -1,11 +1,8 @@
-"""Learning rates: the nominal ones of parameter groups, the schedule's factor, and what of a scheduler is a rate.
-
-The nominal rate of a group is that at which the schedule's factor is 1. It is kept in the group, under a key of its
-own, and so saved and loaded with it.
-"""
+"""Learning rates: the nominal ones of parameter groups, the schedule's factor, and what of a scheduler is a rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,45 +32,44 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
     swa_utils.SWALR: (),
 }
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-NOMINAL = "mechanic_nominal_lr"  # the key of a parameter group's nominal learning rate
 
 
 def nominal(group: dict[str, Any]) -> float:
-    """The rate that a group is to have for its nominal one: the initial one, or the highest of ``OneCycleLR``."""
+    """The rate of a group at which the schedule's factor is 1: the initial one, or the highest of ``OneCycleLR``."""
     return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
 
 
-def note(groups: Groups) -> None:
-    """Give groups their nominal rate.
+def factor(groups: Groups, nominal_rates: list[float], like: Tensor) -> Tensor:
+    """The schedule's factor f, from the groups' shares of their nominal rates: max(min(1, the largest), the least).
 
-    Example:
-        >>> groups = [{"lr": 0.5, "initial_lr": 2.0}]
-        >>> note(groups)
-        >>> factor(groups, torch.zeros(()))
-        tensor(0.2500)
-    """
-    for group in groups:
-        group[NOMINAL] = nominal(group)
-
-
-def factor(groups: Groups, like: Tensor) -> Tensor:
-    """The schedule's factor f: the largest of the groups' rates over their nominal ones.
+    A group that is slowed, or stopped, so does not count while others go on, nor one that is raised alone.
 
     Args:
-        groups: those without a nominal rate, whose rate was 0 so far, do not count.
+        groups: those whose rate is 0, or was so far, do not count.
+        nominal_rates: one for each group.
         like: 0-d; the factor is on its device, in its dtype. Rates on that device are not read.
+
+    Example:
+        >>> groups = [{"lr": 0.5}, {"lr": 0.0}]
+        >>> factor(groups, [2.0, 1.0], torch.zeros(()))
+        tensor(0.2500)
     """
-    shares = [group["lr"] / group[NOMINAL] for group in groups if group.get(NOMINAL)]
+    pairs = zip(groups, nominal_rates, strict=True)
+    shares = [group["lr"] / rate for group, rate in pairs if rate]
     device = [share for share in shares if isinstance(share, Tensor) and share.device == like.device]
     host = [float(share) for share in shares if not isinstance(share, Tensor) or share.device != like.device]
+    host = [share for share in host if share > 0]
     largest = torch.full_like(like, max(host, default=0.0))
+    least = torch.full_like(like, min(host, default=math.inf))
     for share in device:
-        largest = torch.maximum(largest, share.to(like.dtype).reshape(()))
-    return largest
+        share = share.to(like.dtype).reshape(())
+        largest = torch.maximum(largest, share)
+        least = torch.where(share > 0, torch.minimum(least, share), least)
+    return torch.where(largest > 1, least.clamp(min=1), largest)
 
 
 def rescale(groups: Groups, scheduler: Any, scale: float) -> None:
-    """Multiply all learning rates of groups and scheduler, and forget the nominal ones.
+    """Multiply all learning rates of groups and scheduler.
 
     Raises:
         ValueError: it is not known which of the scheduler's numbers are rates; nothing was changed.
@@ -83,8 +79,6 @@ def rescale(groups: Groups, scheduler: Any, scale: float) -> None:
     for owner, name in owners:
         rate = owner[name]
         owner[name] = [one * scale for one in rate] if isinstance(rate, list) else rate * scale
-    for group in groups:
-        group.pop(NOMINAL, None)
 
 
 def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
@@ -93,7 +87,7 @@ def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
     if type(scheduler) not in SCHEDULER_RATES:
         raise ValueError(
             f"hand_off() cannot rescale a {type(scheduler).__name__}: which of its numbers are learning rates is not "
-            "known. Multiply the optimizer's lr by float(mechanic.scale) yourself, and build a scheduler on it."
+            "known. Note float(mechanic.scale), set updater.lr_scheduler = None, call hand_off(), and multiply them."
         )
     for name in ("base_lrs", "_last_lr", *SCHEDULER_RATES[type(scheduler)]):
         if vars(scheduler).get(name) is not None:

@@ -129,6 +129,7 @@ class Updater:
         self._check_groups()
         self._internal_lr = internal_lr
         self._unit = 1.0  # a scale in the user's units per scale in the tuner's
+        self._nominal_rates: list[float] = []  # of the groups, see `rates`; 0 while it is not known
         self._unit_is_settled = False
         self._find_unit()
         self._in_step = False
@@ -142,11 +143,8 @@ class Updater:
         self._taken = torch.zeros((), device=device, dtype=torch.int64)  # steps, those in replays of a CUDA graph too
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._pending:
-            raise RuntimeError(
-                "An Updater cannot be copied or pickled between mechanic.step() and updater.step(). Do it after both."
-            )
-        return self.__dict__
+        # What a `step` would need of the `mechanic.step()` before it is not in a copy.
+        return {**self.__dict__, "_parameter_count": -1} if self._pending else self.__dict__
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -243,7 +241,8 @@ class Updater:
             )
         if self._parameter_count != len(self._parameters()):
             raise RuntimeError(
-                "Parameters were added between mechanic.step() and updater.step(). Call mechanic.step() again."
+                "The parameters are not those that mechanic.step() saw: some were added since, or this is a copy. "
+                "Call mechanic.step() again."
             )
         one_pass = self._plan_one_pass() if closure is None else None
         on_device = self._base_can_skip(one_pass is not None)
@@ -274,13 +273,13 @@ class Updater:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
             raise
-        self._pending = False
+        self._pending, self._begin = False, None
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
         return loss
 
     def _step_schedule(self, schedule: Any) -> None:
-        if self._epoch not in (None, getattr(schedule, "last_epoch", None)) and not self._warned_of_epoch:
+        if self._epoch is not None and schedule.last_epoch > self._epoch and not self._warned_of_epoch:
             self._warned_of_epoch = True
             warnings.warn(
                 f"Since the last updater.step() the schedule went from step {self._epoch} to {schedule.last_epoch}. "
@@ -376,6 +375,7 @@ class Updater:
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
             "unit": self._unit,
+            "nominal_rates": list(self._nominal_rates),
             "steps": self._count(),
             "displacement": self.displacement.state(self._parameters()),
             "dtypes": dtypes(self.base_optimizer),
@@ -388,8 +388,8 @@ class Updater:
             ValueError: the state is of another kind, model or schedule.
         """
         self._check_open()
-        keys = ("kinds", "base_optimizer", "lr_scheduler", "scale", "unit", "steps", "displacement", "dtypes")
-        check_version(state_dict, "Updater", keys)
+        tuning = ("scale", "unit", "nominal_rates", "steps", "displacement")
+        check_version(state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "dtypes", *tuning))
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
                 raise ValueError(
@@ -410,7 +410,7 @@ class Updater:
         # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
         self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
         keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
-        self._load_tuning(state_dict["scale"], state_dict["unit"], state_dict["steps"], state_dict["displacement"])
+        self._load_tuning(*(state_dict[key] for key in tuning))
 
     def _count(self) -> int:
         """The steps taken, those in replays of a CUDA graph too."""
@@ -421,8 +421,16 @@ class Updater:
         names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
         self.displacement.check_state(displacement, self._parameters(), names)
 
-    def _load_tuning(self, scale: Tensor, unit: float, steps: int, displacement: dict[int, dict[str, Tensor]]) -> None:
-        """Take up a saved scale (in the tuner's units), `unit`, number of steps taken, and displacement."""
+    def _load_tuning(
+        self,
+        scale: Tensor,
+        unit: float,
+        nominal_rates: list[float],
+        steps: int,
+        displacement: dict[int, dict[str, Tensor]],
+    ) -> None:
+        """Take up a saved scale (in the tuner's units), `unit`, nominal rates, number of steps, and displacement."""
+        self._nominal_rates = list(nominal_rates[: len(self.param_groups)])
         self._steps = steps
         self._taken.fill_(steps)
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
@@ -433,7 +441,7 @@ class Updater:
     @property
     def _factor(self) -> Tensor:
         """The schedule's factor f, 0-d."""
-        return rates.factor(self.param_groups, self._scale)
+        return rates.factor(self.param_groups, self._nominal_rates, self._scale)
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
@@ -479,12 +487,14 @@ class Updater:
                     f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
                 )
             self._unit = unit
-        rates.note(self.param_groups)
+        self._nominal_rates = [rates.nominal(group) for group in self.param_groups]
 
     def _settle_unit(self) -> None:
         """Look again at the first step: a scheduler built since may have set other rates. Groups may join later."""
         if self._unit_is_settled:
-            rates.note([group for group in self.param_groups if not group.get(rates.NOMINAL)])
+            known = self._nominal_rates + [0.0] * (len(self.param_groups) - len(self._nominal_rates))
+            pairs = zip(known, self.param_groups, strict=True)
+            self._nominal_rates = [rate or rates.nominal(group) for rate, group in pairs]
         elif any(float(group["lr"]) for group in self.param_groups):  # else torch has an optimizer set up its state
             self._find_unit()
             self._unit_is_settled = True

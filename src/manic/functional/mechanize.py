@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ def mechanize(
 
     Returns:
         ``init`` and ``step``. The former takes the rate that a schedule multiplies, if it is not 1, as a number or a
-        0-d tensor: by it a warmup's first update is told from a small one. The latter raises ValueError if the base's
-        config has ``maximize=True``.
+        0-d tensor: by it a warmup's first update is told from a small one. Both raise ValueError: ``init`` if that
+        rate is not a finite number > 0, ``step`` if the base's config has ``maximize=True``.
 
     Source:
         Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
@@ -88,6 +89,10 @@ def mechanize(
     def init(params: Tree, base_state: Any, lr: Number = 1.0) -> MechanizeState:
         device = check_params(params)
         dtype = scale_dtype(device)
+        if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr is {lr}; expected the rate that the schedule multiplies, a finite number > 0.")
+        if isinstance(lr, Tensor) and lr.dim():
+            raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number, or a 0-d tensor.")
         return MechanizeState(
             base=base_state,
             reference=tree_map(lambda x: x.to(wide(x.dtype), copy=True), params),

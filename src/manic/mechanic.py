@@ -100,7 +100,6 @@ class Mechanic:
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        self._started = self._has_start()
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
@@ -191,12 +190,8 @@ class Mechanic:
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
-        self._started = self._has_start()
+        self._started = self._state.start.is_cpu and bool(self._state.start.any())
         return self._state.scales.sum()
-
-    def _has_start(self) -> bool:
-        """Whether s_init is known, as far as the host can tell without waiting."""
-        return self._state.start.is_cpu and bool(self._state.start.any())
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -240,7 +235,6 @@ class Mechanic:
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        self._started = self._has_start()
         self.updater._start(self._state.scales.sum())
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
@@ -253,6 +247,7 @@ class Mechanic:
 
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
+        self._started = False  # whether s_init has been seen to be known; no device is asked
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
         self.updater.displacement.rescaled = config.rescaled
         self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps

@@ -59,6 +59,8 @@ def factor(groups: Groups, nominal_rates: list[float], like: Tensor) -> Tensor:
     device = [share for share in shares if isinstance(share, Tensor) and share.device == like.device]
     host = [float(share) for share in shares if not isinstance(share, Tensor) or share.device != like.device]
     host = [share for share in host if share > 0]
+    if not device:
+        return torch.full_like(like, max(min(1.0, max(host)), min(host)) if host else 0.0)
     largest = torch.full_like(like, max(host, default=0.0))
     least = torch.full_like(like, min(host, default=math.inf))
     for share in device:

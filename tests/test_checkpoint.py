@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import assert_same_bits, backward, flat, make_net, relative_difference
@@ -184,6 +185,41 @@ def test_a_mechanic_that_is_built_after_its_updater_was_loaded() -> None:
     assert torch.equal(flat(other), flat(run.model))
 
 
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("first", ["updater", "mechanic"])
+def test_after_a_skipped_step_where_the_scale_is_learned_from_other_rows(first: str, store_delta: bool) -> None:
+    """The scale in force is then not the one that the tuner has found."""
+
+    def made(model: nn.Module) -> dict[str, Any]:
+        updater = Updater(torch.optim.AdamW(model.parameters(), lr=0.1), store_delta=store_delta)
+        return {"updater": updater, "mechanic": Mechanic(updater)}
+
+    def train(model: Any, parts: dict[str, Any], steps: range) -> None:
+        for step in steps:
+            backward(model, step + 500)
+            parts["mechanic"].step()
+            backward(model, step)
+            if step == 14:
+                model.gain.grad.fill_(float("nan"))
+            parts["mechanic"].step(tune=False)
+            parts["updater"].step()
+
+    model, other = make_net(), make_net(3)
+    parts, loaded = made(model), made(other)
+    train(model, parts, range(15))
+    assert float(parts["mechanic"].state_dict()["tuner"]["scales"].sum()) != float(
+        parts["updater"].state_dict()["scale"]
+    )
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    for name in sorted(parts, reverse=first == "updater"):
+        loaded[name].load_state_dict(copy.deepcopy(parts[name].state_dict()))
+    before = flat(model)
+    for net, its in ((model, parts), (other, loaded)):
+        train(net, its, range(15, 20))
+    assert relative_difference(flat(model), before) > 1e-6
+    assert torch.equal(flat(other), flat(model))
+
+
 def test_steps_that_raised_do_not_count() -> None:
     """So that a resumed run restarts its displacement at the same steps."""
     models = make_net(), make_net(seed=1)
@@ -333,6 +369,16 @@ def test_the_options_come_with_the_state() -> None:
     other.load_state_dict(saved.state_dict())
     assert other.mechanic.state_dict()["config"] == saved.mechanic.state_dict()["config"]
     assert other.state_dict()["param_groups"][0]["mechanic_config"]["rule"] == "optax"
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
+    model, file = make_net(), io.BytesIO()
+    number = np.float64(1e-3)
+    updater = Updater(torch.optim.AdamW(model.parameters()), internal_lr=number)
+    mechanic = Mechanic(updater, s_init=number, max_scale=number, s_decay=number, eps=number, betas=np.array([0.9]))
+    torch.save([updater.state_dict(), mechanic.state_dict()], file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)[1]["config"]["max_scale"] == 1e-3
 
 
 def test_torch_load_needs_no_trust() -> None:

@@ -243,6 +243,42 @@ def test_add_param_group_and_missing_gradients() -> None:
     assert state["state"][2]["delta"].shape == model.out.weight.shape
 
 
+def test_a_parameter_that_takes_the_place_of_another() -> None:
+    """As where a model is pruned: the new one has a state of its own, and nothing is kept of the old."""
+    weight = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 30))
+    optimizer = mechanize(torch.optim.Adam)([weight], lr=0.1)
+    for step in range(30):
+        optimizer.zero_grad()
+        (weight - 1).square().sum().backward()
+        optimizer.step()
+        if step % 10 == 9:
+            state, old, weight = optimizer.state.pop(weight), weight, torch.nn.Parameter(weight.detach()[1:].clone())
+            moments = {name: state[name][1:] for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": state["step"], **moments}
+            optimizer.param_groups[0]["params"][0] = weight
+    (weight - 1).square().sum().backward()
+    optimizer.step()
+    assert list(optimizer.updater.displacement.slots) == list(optimizer.state) == [weight]
+    assert old.shape == (28,)
+    assert optimizer.state[weight]["reference"].shape == optimizer.state_dict()["state"][0]["delta"].shape == (27,)
+
+
+def test_a_logger_without_a_hash() -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Logger:
+        __hash__ = None  # as of a dataclass
+
+        def __call__(self, row: dict[str, Any]) -> None:
+            rows.append(row)
+
+    model = make_net()
+    optimizer = mechanize(torch.optim.SGD, log_func=Logger())(model.parameters(), lr=1.0)
+    backward(model, 0)
+    optimizer.step()
+    assert len(rows) == 1
+
+
 def test_live_state_is_in_torchs_layout() -> None:
     model = make_net()
     optimizer = make(model)

@@ -98,6 +98,13 @@ def test_a_value_is_one_number() -> None:
         History().record(loss=torch.ones(3))
 
 
+@pytest.mark.parametrize("name", ["step", "scale", "h", "skipped", "lr_0"])
+def test_what_is_recorded_already_is_not_replaced(name: str) -> None:
+    history, _, _ = recorded(2)
+    with pytest.raises(ValueError, match=f"'{name}' is recorded at every step already; expected another name"):
+        history.record(**{name: 1.0})
+
+
 def test_missing_column() -> None:
     history, _, _ = recorded(2)
     with pytest.raises(
@@ -122,7 +129,8 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 def test_pictures(tmp_path: Path) -> None:
     history, losses, _ = recorded()
     history.plot(tmp_path / "one.png")
-    plot_histories({"manic": history, "plain": {"step": list(range(30)), "loss": losses}}, tmp_path / "two.png")
+    plain = {"step": list(range(30)), "loss": losses}
+    plot_histories({"manic": history, "plain": plain, "not yet": History()}, tmp_path / "two.png")
     for name in ("one.png", "two.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="No run has a row"):

@@ -202,15 +202,18 @@ def test_weights_loaded_after_construction_are_the_reference() -> None:
 
 
 @pytest.mark.parametrize("through", ["version counter", "rebase"])
-def test_changes_by_others_are_kept_and_the_displacement_stays(through: str) -> None:
-    """The run after the change is that of a reference point shifted by it."""
+def test_changes_by_others_are_kept(through: str) -> None:
+    """What takes back a part of the displacement comes out of it; the reference point shifts by the rest."""
     model = make_net()
     updater, mechanic = pair(model)
     train(model, updater, mechanic, range(60))
     weight = model.out.weight
     slot = updater.displacement.slots[weight]
     reference, delta, rest = slot.reference.clone(), slot.delta.clone(), model.hidden.weight.detach().clone()
-    changed = weight.detach() + 0.25
+    scale = float(updater.scale)
+    assert float(delta.min()) < -0.02 / scale < 0 < delta.max()
+    left = torch.where(delta < 0, (delta + 0.02 / scale).clamp(max=0), delta)
+    changed = weight.detach() + 0.02
     if through == "rebase":
         weight.data.copy_(changed)  # moves no version counter
         updater.rebase()
@@ -220,11 +223,30 @@ def test_changes_by_others_are_kept_and_the_displacement_stays(through: str) -> 
     backward(model, 60)
     mechanic.step()
     assert torch.allclose(weight, changed, rtol=1e-14)
-    assert torch.allclose(slot.reference, reference + 0.25, rtol=1e-14)
-    assert torch.equal(slot.delta, delta)
+    assert torch.allclose(slot.delta, left, rtol=1e-9)
+    assert torch.equal(slot.delta == delta, delta >= 0)
+    assert torch.allclose(slot.reference, reference + 0.02 - RESCALED * scale * (left - delta), rtol=1e-12)
     assert torch.equal(model.hidden.weight, rest)
     updater.step()
     assert relative_difference(weight.detach(), changed) < 0.2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_that_are_clipped_after_every_step(optimizer: str) -> None:
+    """What clipping undoes cannot pay for a larger scale."""
+    torch.manual_seed(0)
+    weight, target = nn.Parameter(torch.randn(1000).clamp(-1, 1)), 5 * torch.randn(1000)
+    updater = Updater(OPTIMIZERS[optimizer]([weight], lr=1.0))
+    mechanic = Mechanic(updater)
+    for _ in range(300):
+        updater.zero_grad()
+        (weight - target).square().mean().backward()
+        mechanic.step()
+        updater.step()
+        with torch.no_grad():
+            weight.clamp_(-1, 1)
+    assert float(updater.scale) < 1e4
+    assert relative_difference(weight.detach(), target.clamp(-1, 1)) < 1e-2
 
 
 def test_swapping_weights_and_back_changes_nothing() -> None:
@@ -254,6 +276,60 @@ def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> 
     assert [warning.filename for warning in caught] == [__file__]
     updater.step()
     assert relative_difference(model.out.weight.detach(), changed) < 0.2
+
+
+def test_a_frozen_parameter_that_is_changed_starts_its_displacement_anew() -> None:
+    """Without a stored one the change would be taken for displacement."""
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=False)
+    train(model, updater, mechanic, range(60))
+    model.out.requires_grad_(False)
+    train(model, updater, mechanic, range(60, 62))
+    with torch.no_grad():
+        model.out.weight.add_(10.0)
+    train(model, updater, mechanic, range(62, 64))
+    model.out.requires_grad_(True)
+    before = model.out.weight.detach().clone()
+    train(model, updater, mechanic, range(64, 65))
+    assert 0 < float((model.out.weight.detach() - before).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_parameters_cut_from_one_tensor(store_delta: bool) -> None:
+    """They share a version counter, by which changes of others are noticed."""
+    whole = torch.linspace(-1.0, 1.0, 20)
+    runs = []
+    for cut in (whole.clone().split(10), [part.clone() for part in whole.split(10)]):
+        weights = [nn.Parameter(part) for part in cut]
+        updater = Updater(torch.optim.AdamW(weights, lr=1.0), store_delta=store_delta)
+        mechanic = Mechanic(updater)
+        for _ in range(60):
+            updater.zero_grad()
+            sum((weight - 3).square().sum() for weight in weights).backward()
+            mechanic.step()
+            updater.step()
+        runs.append(torch.cat([weight.detach() for weight in weights]))
+    assert relative_difference(runs[0], whole) > 1e-2
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    seen, arguments = [], []
+    updater.base_optimizer.register_step_post_hook(lambda *given: (seen.append(flat(model)), arguments.append(given)))
+    for step in range(10):
+        backward(model, step)
+        if step == 5:
+            assert model.gain.grad is not None
+            model.gain.grad.fill_(math.nan)
+        mechanic.step()
+        updater.step()
+        assert len(seen) == step + (step < 5)
+        assert torch.equal(seen[-1], flat(model))
+    assert relative_difference(seen[-1], seen[0]) > 1e-3
+    assert arguments[0] == (updater.base_optimizer, (updater.base_optimizer,), {})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -347,7 +423,7 @@ def test_closure() -> None:
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_a_failing_base_step_leaves_the_parameters(store_delta: bool) -> None:
+def test_a_failing_base_step_leaves_the_parameters(store_delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base step at the internal rate throws parameters far away; an interrupt there must not leave them so."""
     model = make_net()
     updater, mechanic = pair(model, lr=1e-3, store_delta=store_delta)
@@ -356,13 +432,15 @@ def test_a_failing_base_step_leaves_the_parameters(store_delta: bool) -> None:
     backward(model, 30)
     mechanic.step()
 
-    def interrupt(*args: object) -> None:
+    def interrupted() -> None:
+        type(updater.base_optimizer).step(updater.base_optimizer)
+        assert relative_difference(flat(model), before) > 0.5
         raise KeyboardInterrupt
 
-    handle = updater.base_optimizer.register_step_post_hook(interrupt)
+    monkeypatch.setattr(updater.base_optimizer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         updater.step()
-    handle.remove()
+    monkeypatch.undo()
     assert torch.equal(flat(model), before)
     assert updater.param_groups[0]["lr"] == 1e-3
     train(model, updater, mechanic, range(31, 40))
@@ -657,6 +735,7 @@ def test_hand_off_goes_on_as_a_frozen_scale(optimizer: str, scheduler: str) -> N
             schedule.step()
     assert relative_difference(flat(model), start) > 1e-3
     assert relative_difference(flat(model), flat(twin)) < 1e-9
+    assert updater.get_last_lr() == [group["lr"] for group in plain.param_groups]
     assert not updater.displacement.slots
     for call in (mechanic.step, updater.step, mechanic.hand_off):
         with pytest.raises(RuntimeError, match="hand_off"):

@@ -50,6 +50,8 @@ class Idea:
         restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
+        forgiving: and that times the schedule's factor, beside its highest, to this power.
+        bounces: and that less this much of the share of h² that was signal in some ten steps.
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
         ceiling: once x_ref has moved after step 81, the scale stays below so many times its largest between the last
             two moves; 0: there is none.
@@ -82,6 +84,7 @@ class Idea:
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
         holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
+        premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
         outlier: the most that the largest h grows by in a step.
@@ -104,6 +107,8 @@ class Idea:
     restart: bool = False
     clip: bool = True
     losses: float = 1.0
+    forgiving: float = 0.0
+    bounces: float = 0.0
     settle: float = 0.0
     ceiling: float = 0.0
     forget: float | None = None
@@ -128,6 +133,7 @@ class Idea:
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
+    premium: float = 1.0
     signal: float = 2.0
     unusual: float = tuner.UNUSUAL
     outlier: float = math.inf
@@ -259,6 +265,19 @@ IDEAS = {
     "…, 81 steps of noise for free": Idea(free=True),
     "…, beside the h² before": Idea(usual="before"),
     "…, beside the most of h²": Idea(usual="most"),
+    "…, α = 0.25 in place of 0.5": Idea(rescaled=0.25),
+    "…, by a factor of 4, α = 0.25": Idea(growth=4.0, learns=256, rescaled=0.25),
+    "…, forgetting half each time until then": Idea(kept=0.5),
+    "…, h of an older Δ throughout": Idea(delay=1 / 8),
+    "…, first scale = 10 s_init": Idea(stake=10),
+    "…, losses count 0.7": Idea(losses=0.7),
+    "…, losses count half until then": Idea(losses=0.5),
+    "…, losses count as much as the schedule": Idea(forgiving=1.0),
+    "…, losses count as its square": Idea(forgiving=2.0),
+    "…, losses count half where h is signal": Idea(bounces=0.5),
+    "…, a premium of 1.5": Idea(premium=1.5),
+    "…, a premium of 2": Idea(premium=2.0),
+    "…, a premium of 3": Idea(premium=3.0),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -292,7 +311,7 @@ class Tuner:
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
-        self.mean = self.mean_square = self.before = torch.zeros_like(self.start)
+        self.mean = self.mean_square = self.before = self.alike = self.square = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
         self.count = 0
         self.highest = self.peak = self.level = self.recent = 0.0
@@ -338,11 +357,15 @@ class Tuner:
         self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
-            self.scale = (held * self.fall(h, before, part, held) * self.s).sum(-1)
+            premium = min(self.highest / part, idea.premium) if part > 0 else idea.premium
+            self.scale = premium * (held * self.fall(h, before, part, held) * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
-        bet = torch.where(bet > 0, idea.losses * bet, bet)
+        self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
+        signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
+        losses = idea.losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
+        bet = torch.where(bet > 0, losses * bet, bet)
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)

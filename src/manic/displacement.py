@@ -24,6 +24,7 @@ from manic.kernels.plain import point
 from manic.tuner import Sums
 
 PACK = 1 << 16  # elements: smaller parameters share a part, which costs less than passes of their own
+AWAY = -1  # in place of the version of a parameter that does not take part
 
 
 class Slot:
@@ -56,46 +57,55 @@ class Slot:
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
-    def stamp(self, *, written: bool = False) -> None:
-        """Note that the parameter is as we left it.
-
-        Args:
-            written: its memory was, unseen by autograd, which would go on with the graph of the old x.
-        """
-        if written:
-            torch.autograd.graph.increment_version(local(self.parameter))
+    def stamp(self) -> None:
+        """Note that the parameter is as we left it."""
         self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
+
+    def is_written(self) -> None:
+        """Tell autograd, which would go on with the graph of the old x, of a write that it has not seen."""
+        torch.autograd.graph.increment_version(local(self.parameter))
 
     def leave(self) -> None:
         """Note that the scale goes on without the parameter, which has to be compared when it is back."""
-        self._version = None
+        self._version = AWAY
 
     def is_changed(self) -> bool:
         """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""
         return self._version != version(self.parameter) or self.address != local(self.parameter).data_ptr()
 
-    def keep_change(self, scale: Tensor) -> bool:
-        """Shift x_ref by what was done to the parameter, element by element: what was not changed stays exact.
+    def keep_change(self, scale: Tensor, rescaled: float) -> bool:
+        """Take the parameter as it is, element by element: what was not changed stays exact.
+
+        What takes back a part of Δ, as clipping weights does, is taken out of it; x_ref shifts by the rest.
+
+        Args:
+            scale: the scale in force, 0-d.
+            rescaled: the α in it.
 
         Returns:
-            Whether Δ had to be given up.
+            Whether Δ had to be given up because of the change.
         """
         x = self.x().cpu() if self.offload else self.x()
-        lost = self.delta is None and self._version is not None
+        before, self._version = self._version, None
         self.reference = self.reference.to(x.device, wide(x.dtype))
         if self.delta is not None:
             scale = scale.to(x.device)
             self.delta = self.delta.to(self.reference)
-            same = x == point(self.reference, self.delta, scale).to(x.dtype)
+            expected = point(self.reference, self.delta, scale)
+            same = x == expected.to(x.dtype)
             if x.device.type == "cpu" and bool(same.all()):
                 self.stamp()  # without a write, which autograd would notice
                 return False
+            if before != AWAY:
+                updates = torch.where(same, 0, (x - expected) * torch.where(scale > 0, rescaled / scale, 0))
+                left = self.delta.sign() * (self.delta.abs() - updates.abs()).clamp(min=0)
+                self.delta.copy_(torch.where(updates * self.delta < 0, left, self.delta))
             self.reference.copy_(torch.where(same, self.reference, x - self.delta * scale))
             self.write(point(self.reference, self.delta, scale))
-        elif lost:
+        elif before is not None:
             self.reference.copy_(x)
         self.stamp()
-        return lost
+        return self.delta is None and before not in (None, AWAY)
 
     def x(self) -> Tensor:
         """The parameter as 1-d: its own memory, or a copy where that has gaps."""
@@ -226,7 +236,7 @@ class Part:
                 if not view:
                     slot.write(part)
         for slot in self._slots:
-            slot.stamp(written=True)
+            slot.is_written()
 
 
 class Bucket:
@@ -345,13 +355,12 @@ class Batch:
             x = part if slot.delta is None else point(slot.reference, slot.delta, scale)
             if x is not None:
                 slot.write(x)
-            slot.stamp()
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
         copy = None if before is None else before[0]
         self.table.move(copy, weights, True if finite is None else finite, restart)
-        self._stamp()
+        self._is_written()
 
     def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, bool | Tensor], None] | None:
         """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
@@ -368,13 +377,13 @@ class Batch:
 
         def step(weights: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
             one_pass.run(optimizer, rule, gradients, weights, finite, restart)
-            self._stamp()
+            self._is_written()
 
         return step
 
-    def _stamp(self) -> None:
+    def _is_written(self) -> None:
         for slot in self._slots:
-            slot.stamp(written=True)
+            slot.is_written()
 
 
 class Displacement:
@@ -386,7 +395,7 @@ class Displacement:
         process_group: see `Reduction`.
 
     Attributes:
-        slots: what is kept of each parameter, in the order in which they joined.
+        slots: what is kept of each parameter.
         joined: whether the last `refresh` saw a parameter for the first time.
         packings: how often other parameters took part than before.
         rescaled: α.
@@ -403,17 +412,18 @@ class Displacement:
         self.joined: bool = False
         self.packings: int = 0
         self._reduction: Reduction | None = None
-        self._buckets: list[Bucket | Batch] = []
-        self._key: list[int] = []  # identity and address of every parameter in the buckets
+        self._active: list[Slot] = []  # of the parameters that take part
+        self._buckets: list[Bucket | Batch] = []  # of these
+        self._key: list[int] = []  # identity and address of each
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buckets": [], "_key": [], "_reduction": None}
+        return {**self.__dict__, "_active": [], "_buckets": [], "_key": [], "_reduction": None}
 
     def refresh(self, parameters: list[Tensor], scale: Tensor, *, changed: bool = False) -> bool:
         """See who takes part in the coming step, and keep what others did to the parameters since the last.
 
-        A parameter takes part while it requires or has a gradient; when it first does, it gets its x_ref. The x_ref of
-        a parameter that was changed shifts by the change, and Δ stays.
+        A parameter takes part while it requires or has a gradient; when it first does, it gets its x_ref. See
+        `Slot.keep_change` for those that were changed.
 
         Args:
             parameters: those of the base optimizer.
@@ -435,13 +445,14 @@ class Displacement:
                 slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
             elif changed or slot.is_changed():
-                lost |= slot.keep_change(self.rescaled * scale)
+                lost |= slot.keep_change(self.rescaled * scale, self.rescaled)
                 touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
         if key != self._key or self._reduction is None:
             self._reduction = Reduction(parameters, self.process_group)
-            self._buckets, self._key = _pack(active, self._reduction), key
+            self.slots = {parameter: self.slots[parameter] for parameter in parameters if parameter in self.slots}
+            self._active, self._buckets, self._key = active, _pack(active, self._reduction), key
             self.packings += 1
         if touched:
             for bucket in self._buckets:
@@ -481,6 +492,7 @@ class Displacement:
         """
         for i, bucket in enumerate(self._buckets):
             bucket.restore(None if before is None else before[i], (self.rescaled * scale).to(bucket.device))
+        self._stamp()
 
     def move(
         self,
@@ -503,6 +515,11 @@ class Displacement:
         for i, bucket in enumerate(self._buckets):
             start = None if before is None else before[i]
             bucket.move(start, *(_placed(value, bucket.device) for value in (weights, finite, restart)))
+        self._stamp()
+
+    def _stamp(self) -> None:
+        for slot in self._active:  # after all are written: parts of one tensor share its version
+            slot.stamp()
 
     def _weights(self, old_scale: Tensor, scale: Tensor) -> Tensor:
         """As `kernels.plain.move` takes them."""
@@ -528,6 +545,7 @@ class Displacement:
             weights = self._weights(old_scale, scale)
             for device, plan in plans:
                 plan(*(_placed(value, device) for value in (weights, finite, restart)))
+            self._stamp()
 
         return step if plans else None
 
@@ -576,7 +594,7 @@ class Displacement:
     def load_state(self, state: dict[int, dict[str, Tensor]], parameters: list[Tensor]) -> None:
         """Take up what `state` gave. The parameters themselves may be loaded before or after."""
         self.slots = {}
-        self._buckets, self._key = [], []
+        self._active, self._buckets, self._key = [], [], []
         for i, tensors in state.items():
             slot = self.slots[parameters[i]] = self._slot(parameters[i])
             slot.load(tensors)

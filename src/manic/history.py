@@ -61,9 +61,11 @@ class History:
             values: numbers, or tensors of one element.
 
         Raises:
-            ValueError: a tensor has more.
+            ValueError: a tensor has more, or the name is that of a column which is there already.
         """
         for name, value in values.items():
+            if name in ("step", "scale", "h", "skipped") or (name[:3] == "lr_" and name[3:].isdigit()):
+                raise ValueError(f"{name!r} is recorded at every step already; expected another name.")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
             self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value

@@ -217,6 +217,7 @@ class Mechanic:
             "version": STATE_VERSION,
             "config": {**asdict(self._config), "betas": list(self._config.betas)},
             "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
+            "scale": self.updater._scale.clone(),  # in force: not the tuner's after a step that was skipped
             "steps": self._steps - self.updater._pending,
             "skipped": self._skipped.clone(),
         }
@@ -235,11 +236,11 @@ class Mechanic:
         scales = self._state.scales
         self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
-        self.updater._start(self._state.scales.sum())
+        self.updater._start(state_dict["scale"])
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
-        check_version(state_dict, "Mechanic", ("config", "tuner", "steps", "skipped"))
+        check_version(state_dict, "Mechanic", ("config", "tuner", "scale", "steps", "skipped"))
         n = len(state_dict["config"]["betas"])
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict["tuner"].items()}
         if shapes != dict.fromkeys(TunerState._fields, (n,)):

@@ -20,7 +20,7 @@ from manic.updater import Updater, check_kind
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-NUMBERS = ("version", "config", "tuner", "unit", "steps", "skipped", "taken", "dtypes", "rates")
+NUMBERS = ("version", "config", "tuner", "scale", "unit", "steps", "skipped", "taken", "dtypes", "rates")
 GROUP_KEYS = tuple(f"mechanic_{name}" for name in NUMBERS)
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
@@ -92,7 +92,7 @@ def mechanize(
         "max_scale": max_scale,
     }
     mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
-    key = (base, *updater.values(), *mechanic.values())
+    key = (base, *updater.values(), *tuner.values(), id(log_func), log_every)
     made = _classes.get(key)
     if made is None:
         options = {"updater": updater, "mechanic": mechanic}
@@ -207,8 +207,9 @@ class _Mechanized(Optimizer):
         super().load_state_dict(base)
         keep_dtypes(self, base, mechanic["dtypes"])
         self.mechanic.load_state_dict(mechanic)
-        scale = mechanic["tuner"]["scales"].sum()
-        self.updater._load_tuning(scale, mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement)
+        self.updater._load_tuning(
+            mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement
+        )
         self._mirrored = 0
         self._mark_groups()
 
@@ -221,9 +222,9 @@ class _Mechanized(Optimizer):
 
         Only after the base's step: base optimizers take a state that is not empty for one that they have set up.
         """
-        slots = self.updater.displacement.slots
-        if self._mirrored == len(slots):
+        if self._is_mirrored():
             return
+        slots = self.updater.displacement.slots
         stepped = [
             (parameter, slot)
             for parameter, slot in slots.items()
@@ -231,7 +232,11 @@ class _Mechanized(Optimizer):
         ]
         for parameter, slot in stepped:
             self.state[parameter].update(slot.tensors())
-        self._mirrored = len(stepped)
+        if len(stepped) == len(slots):
+            self._mirrored = self.updater.displacement.packings
+
+    def _is_mirrored(self) -> bool:
+        return self._mirrored == self.updater.displacement.packings
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {name: getattr(self, name) for name in ("updater", "mechanic", "_step_supports_amp_scaling")}
@@ -262,7 +267,7 @@ class _Base:
     @property
     def covered_class(self) -> type | None:
         """The class whose step may be taken without calling it: not while x_ref and Δ wait for being mirrored."""
-        return self._outer._base if self._outer._mirrored == len(self._outer.updater.displacement.slots) else None
+        return self._outer._base if self._outer._is_mirrored() else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         outer: Any = self._outer

@@ -33,7 +33,8 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, (name, run) in enumerate(runs.items()):
-            points = [(step, y) for step, y in zip(run["step"], run.get(key, ()), strict=False) if y is not None]
+            column = zip(run.get("step", ()), run.get(key, ()), strict=False)
+            points = [(step, y) for step, y in column if y is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=max(0.8, 2.8 - 0.5 * i), color=f"C{i}")
         axis.set_xlabel("step")

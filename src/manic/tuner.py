@@ -168,6 +168,7 @@ class TunerConfig:
                     " The scale grows from s_init, so it has to start above zero: try 1e-8." if name == "s_init" else ""
                 )
                 raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{hint}")
+            object.__setattr__(self, name, float(value))
 
 
 class TunerState(NamedTuple):

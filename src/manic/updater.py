@@ -127,7 +127,7 @@ class Updater:
         self._warned_of_change = self._warned_of_epoch = False
         self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
-        self._internal_lr = internal_lr
+        self._internal_lr = None if internal_lr is None else float(internal_lr)
         self._unit = 1.0  # a scale in the user's units per scale in the tuner's
         self._nominal_rates: list[float] = []  # of the groups, see `rates`; 0 while it is not known
         self._unit_is_settled = False
@@ -158,7 +158,7 @@ class Updater:
 
     def get_last_lr(self) -> list[float]:
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
-        scale = float(self.scale)
+        scale = 1.0 if self._handed_off else float(self.scale)  # it is in the rates then
         return [scale * float(group["lr"]) for group in self.param_groups]
 
     def _parameters(self) -> list[Tensor]:
@@ -255,7 +255,7 @@ class Updater:
         with torch.no_grad():
             before = self.displacement.begin() if one_pass is None else None
         try:
-            with self._internal_rates(), self._found_inf(on_device):
+            with self._internal_rates(), self._found_inf(on_device), self._held_hooks() as hooks:
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
                 else:
@@ -274,6 +274,8 @@ class Updater:
                 self.displacement.restore(before, self._scale)
             raise
         self._pending, self._begin = False, None
+        for hook in hooks:
+            hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
         return loss
@@ -517,6 +519,20 @@ class Updater:
             self._in_step = False
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
+
+    @contextmanager
+    def _held_hooks(self) -> Iterator[list[Callable[..., Any]]]:
+        """Keep the base's hooks after a step from seeing where the base alone would go; gives these hooks."""
+        base: Any = self.base_optimizer
+        hooks = getattr(base, "_optimizer_step_post_hooks", None)
+        if not hooks:
+            yield []
+            return
+        base._optimizer_step_post_hooks = {}
+        try:
+            yield list(hooks.values())
+        finally:
+            base._optimizer_step_post_hooks = hooks
 
     def _plan_one_pass(self) -> Any:
         """The base step and the move as one pass, see `Displacement.plan`; not if somebody wraps the base's step."""

@@ -74,9 +74,7 @@ class Slot:
         return self._version != version(self.parameter) or self.address != local(self.parameter).data_ptr()
 
     def keep_change(self, scale: Tensor, rescaled: float) -> bool:
-        """Take the parameter as it is, element by element: what was not changed stays exact.
-
-        What takes back a part of Δ, as clipping weights does, is taken out of it; x_ref shifts by the rest.
+        """Take the parameter as others have left it: see `kernels.plain.keep_change`.
 
         Args:
             scale: the scale in force, 0-d.
@@ -91,16 +89,12 @@ class Slot:
         if self.delta is not None:
             scale = scale.to(x.device)
             self.delta = self.delta.to(self.reference)
-            expected = point(self.reference, self.delta, scale)
-            same = x == expected.to(x.dtype)
-            if x.device.type == "cpu" and bool(same.all()):
+            if x.device.type == "cpu" and torch.equal(x, point(self.reference, self.delta, scale).to(x.dtype)):
                 self.stamp()  # without a write, which autograd would notice
                 return False
-            if before != AWAY:
-                updates = torch.where(same, 0, (x - expected) * torch.where(scale > 0, rescaled / scale, 0))
-                left = self.delta.sign() * (self.delta.abs() - updates.abs()).clamp(min=0)
-                self.delta.copy_(torch.where(updates * self.delta < 0, left, self.delta))
-            self.reference.copy_(torch.where(same, self.reference, x - self.delta * scale))
+            kept = plain.keep_change(x, self.reference, self.delta, scale, 0.0 if before == AWAY else rescaled)
+            self.reference.copy_(kept[0])
+            self.delta.copy_(kept[1])
             self.write(point(self.reference, self.delta, scale))
         elif before is not None:
             self.reference.copy_(x)

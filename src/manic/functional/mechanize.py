@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from manic import tuner
 from manic.displacement import scale_dtype, wide
 from manic.functional.tree import Number, Tree, check_params, map_leaves, tree_where
+from manic.kernels.plain import keep_change
 from manic.tuner import Sums, TunerConfig, TunerState
 
 
@@ -110,8 +111,14 @@ def mechanize(
                 "expected False. Minimize the negative of the objective instead."
             )
         scale = state.scale
+        old = constants.rescaled * scale
+
+        def keep(x: Tensor, _: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+            return x, *keep_change(x, reference, delta, old, constants.rescaled)
+
+        _, *kept = map_leaves(keep, params, grads, state.reference, state.delta)
         tentative, base = step(params, grads, state.base, config)
-        sums = _sums(params, grads, state.delta, scale)
+        sums = _sums(params, grads, kept[1], scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
         factor = getattr(config, "lr", state.lr) / state.lr
@@ -121,18 +128,15 @@ def mechanize(
             tuned = _begun(tuned, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)
         restart = torch.as_tensor(tuner.restarts(steps, constants))
-        old, new = constants.rescaled * scale, constants.rescaled * next_scale
-        final = (1 - constants.rescaled) * next_scale
+        new, final = constants.rescaled * next_scale, (1 - constants.rescaled) * next_scale
 
         def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-            unchanged = x == (reference + delta * old).to(x.dtype)
-            reference = torch.where(unchanged, reference, x - delta * old)
             u = after.to(delta.dtype) - x.to(delta.dtype)
             reference, delta = reference + u * final, delta + u
             end = reference + delta * new
             return end.to(x.dtype), torch.where(restart, end, reference), torch.where(restart, 0, delta)
 
-        moved, reference, delta = map_leaves(move, params, tentative, state.reference, state.delta)
+        moved, reference, delta = map_leaves(move, params, tentative, *kept)
         after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps, state.lr)
         return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
 

@@ -109,6 +109,25 @@ def point(reference: Tensor, delta: Tensor, scale: Tensor, *, out: Tensor | None
     return torch.mul(delta, scale, out=out).add_(reference)
 
 
+def keep_change(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: float) -> tuple[Tensor, Tensor]:
+    """x_ref and Δ such that `point` is x, which others may have changed, element by element.
+
+    What takes back a part of Δ, as clipping weights does, is taken out of it; x_ref shifts by the rest. What was not
+    changed stays exact.
+
+    Args:
+        x, reference, delta: of any shape.
+        scale: as `point` takes it.
+        rescaled: the α in it; with 0, Δ stays.
+    """
+    expected = point(reference, delta, scale)
+    same = x == expected.to(x.dtype)
+    updates = torch.where(same, 0, (x - expected) * torch.where(scale > 0, rescaled / scale, 0))
+    left = delta.sign() * (delta.abs() - updates.abs()).clamp(min=0)
+    delta = torch.where(updates * delta < 0, left, delta)
+    return torch.where(same, reference, x - delta * scale), delta
+
+
 def fetch(kept: Tensor, x: Tensor) -> Tensor:
     """What is kept in host memory, on the parameters' device; itself if it is there already."""
     return kept.to(x.device, non_blocking=True)

@@ -34,6 +34,16 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+def failing_step(optimizer: torch.optim.Optimizer, error: type[BaseException]) -> Callable[[], None]:
+    """A step that does the optimizer's, and then fails."""
+
+    def step() -> None:
+        type(optimizer).step(optimizer)  # type: ignore
+        raise error
+
+    return step
+
+
 @dataclass(frozen=True)
 class Base:
     """A base optimizer with its options."""

@@ -61,7 +61,7 @@ class Slot:
         """Note that the parameter is as we left it."""
         self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
 
-    def is_written(self) -> None:
+    def note_write(self) -> None:
         """Tell autograd, which would go on with the graph of the old x, of a write that it has not seen."""
         torch.autograd.graph.increment_version(local(self.parameter))
 
@@ -84,7 +84,7 @@ class Slot:
             Whether Δ had to be given up because of the change.
         """
         x = self.x().cpu() if self.offload else self.x()
-        before, self._version = self._version, None
+        before = self._version
         self.reference = self.reference.to(x.device, wide(x.dtype))
         if self.delta is not None:
             scale = scale.to(x.device)
@@ -230,7 +230,7 @@ class Part:
                 if not view:
                     slot.write(part)
         for slot in self._slots:
-            slot.is_written()
+            slot.note_write()
 
 
 class Bucket:
@@ -354,7 +354,7 @@ class Batch:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
         copy = None if before is None else before[0]
         self.table.move(copy, weights, True if finite is None else finite, restart)
-        self._is_written()
+        self._note_write()
 
     def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, bool | Tensor], None] | None:
         """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
@@ -371,13 +371,13 @@ class Batch:
 
         def step(weights: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
             one_pass.run(optimizer, rule, gradients, weights, finite, restart)
-            self._is_written()
+            self._note_write()
 
         return step
 
-    def _is_written(self) -> None:
+    def _note_write(self) -> None:
         for slot in self._slots:
-            slot.is_written()
+            slot.note_write()
 
 
 class Displacement:

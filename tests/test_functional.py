@@ -324,6 +324,7 @@ ERRORS = [
     (lambda: step({"w": None}), TypeError, r"grads\['w'\] is None;.*zeros"),
     (lambda: step({"v": torch.ones(2)}), ValueError, r"grads is not a tree like params"),
     (lambda: step(W, {"v": torch.ones(2)}), ValueError, r"state is not a tree like params"),
+    (lambda: step(W, {"w": torch.ones(1)}), ValueError, r"state of params\['w'\].*\[\(1,\), \(1,\)\]; expected \(2,\)"),
 ]
 
 

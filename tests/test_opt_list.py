@@ -394,6 +394,29 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"shape \(4, 2\) is sparse"):
         optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 0
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_tensors_that_lie_differently_in_memory(nesterov):
+    """As a gradient that was set by hand, or a parameter with gaps; torch's fused kernel goes through memory."""
+    ends = []
+    for options in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        whole = torch.linspace(-1.0, 1.0, 240).reshape(2, 3, 4, 10)
+        weights = [whole.to(memory_format=torch.channels_last), whole[..., ::2], whole.clone()]
+        weights = [nn.Parameter(weight) for weight in weights]
+        optimizer = NAdamW(weights, lr=0.1, nesterov=nesterov, **options)
+        for step in range(5):
+            for weight in weights:
+                weight.grad = torch.sin(torch.arange(weight.numel()) + step).reshape(weight.shape)
+            optimizer.step()
+        ends.append(torch.cat([weight.detach().flatten() for weight in weights]))
+    assert (
+        float((ends[0] - torch.cat([weight.flatten() for weight in (whole, whole[..., ::2], whole)])).abs().max()) > 0.1
+    )
+    assert torch.allclose(ends[1], ends[0], atol=1e-5)
+    assert torch.allclose(ends[2], ends[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def regression(idx):
 
 def broken(idx):
     raise RuntimeError(f"no more memory, in process {os.getpid()}")
+
+
+def first_breaks(idx):
+    if idx == 0:
+        broken(idx)
+    time.sleep(1.0)
+    return 1.0
 
 
 def outcomes(result):
@@ -176,6 +184,31 @@ def test_a_file_of_something_else_is_refused(tmp_path, line):
     assert path.read_text() == line + "\n"
 
 
+@pytest.mark.parametrize(
+    "text", ['{"precious": [1, 2]}', "# notes", "# notes\nline two\nlast line", '{"idx": 0}\n', "\xff\n"]
+)
+def test_another_file_is_left_as_it_is(tmp_path, text):
+    path = tmp_path / "notes.md"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Line \d of .*notes.md is not a trial.*Nothing was changed"):
+        sweep(canned, 1, path=path, progress=False)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_the_folder_is_made(tmp_path):
+    path = tmp_path / "new" / "trials.jsonl"
+    sweep(canned, 1, path=path, progress=False)
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "reported", [None, [1.0, 0.5], "low", torch.ones(2)], ids=lambda reported: type(reported).__name__
+)
+def test_a_report_that_is_no_number_is_refused(reported):
+    with pytest.raises(ValueError, match=r"train\(0\) reported .*; expected a number"):
+        sweep(lambda idx: reported, 1, progress=False)
+
+
 def test_processes_find_what_one_process_finds(tmp_path):
     alone = sweep(regression, 4, early_stopping=False, progress=False)
     together = sweep(regression, 4, workers=2, path=tmp_path / "t.jsonl", early_stopping=False, progress=False)
@@ -192,6 +225,13 @@ def test_an_error_in_a_worker_comes_through():
         sweep(broken, 1, workers=1, progress=False)
 
 
+def test_trials_beside_one_that_fails_are_kept(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    with pytest.raises(RuntimeError, match="no more memory"):
+        sweep(first_breaks, 4, workers=2, path=path, progress=False)
+    assert [json.loads(line)["idx"] for line in path.read_text().splitlines()] == [1]
+
+
 def test_the_bar_shows_the_best(capsys):
     pytest.importorskip("tqdm")
     sweep(canned, 2)
@@ -203,6 +243,7 @@ def test_the_bar_shows_the_best(capsys):
     [
         ({"k": 0}, "k is 0; expected 1 to 100"),
         ({"k": 101}, "k is 101; expected 1 to 100"),
+        ({"k": 2.5}, "k is 2.5; expected 1 to 100"),
         ({"k": 3, "order": [1, 2]}, "k is 3; expected 1 to 2"),
         ({"k": 2, "order": [1, 1]}, "expected every place once"),
         ({"k": 2, "order": [1, 100]}, "idx is 100; expected a place"),

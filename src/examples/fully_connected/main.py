@@ -123,6 +123,7 @@ def main() -> None:
     print(f"{'':36}{'peak lr in use':>16}{'test loss':>12}{'test accuracy':>15}{'seconds':>9}")
     for name, result in results.items():
         print(f"{name:36}{result.rate:16.2g}{result.loss:12.4f}{result.accuracy:15.2%}{result.seconds:9.1f}")
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
     plot_histories({name: result.history for name, result in results.items()}, options.figure)
     print(f"\nPicture: {options.figure}")
 

@@ -55,7 +55,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=10,
         save_steps=options.save_every,
-        logging_steps=10,
+        logging_steps=min(10, options.steps),
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,

@@ -36,6 +36,8 @@ def map_leaves(rule: Callable[..., tuple[Tensor, ...]], params: Tree, grads: Tre
     for i, (x, g, *s) in enumerate(zip(leaves, gradients, *columns, strict=True)):
         if not isinstance(g, Tensor) or g.shape != x.shape:
             raise _unfit_gradient(params, i, x, g)
+        if any(tensor.shape != x.shape for tensor in s):
+            raise _unfit_state(params, i, x, s)
         for column, after, before in zip(new, rule(x, g, *s), (x, *s), strict=True):
             column.append(after.to(before.dtype))
     return tuple(tree_unflatten(column, spec) for column in new)
@@ -89,6 +91,15 @@ def _unfit_gradient(params: Tree, i: int, x: Tensor, g: Any) -> Exception:
     if isinstance(g, Tensor):
         return ValueError(message)
     return TypeError(message + " Pass zeros for a parameter that the loss does not use.")
+
+
+def _unfit_state(params: Tree, i: int, x: Tensor, s: list[Tensor]) -> ValueError:
+    path = keystr(tree_flatten_with_path(params)[0][i][0])
+    shapes = [tuple(tensor.shape) for tensor in s]
+    return ValueError(
+        f"The state of params{path} has tensors of shapes {shapes}; expected {tuple(x.shape)}, as params{path}. "
+        "Is it of another model?"
+    )
 
 
 def _described(leaf: Any) -> str:

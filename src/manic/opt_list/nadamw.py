@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -139,12 +140,19 @@ class NAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of a parameter of shape {tuple(parameter.shape)} is sparse; expected a dense one. "
+                    "Build the layer with sparse=False. Nothing was changed."
+                )
         for group in self.param_groups:
             lr = group["lr"] * self._lr_factor(group)
             group["step"] += 1
-            update = _fused if group["fused"] else _foreach if group["foreach"] else _single_tensor
             beta1, beta2 = group["betas"]
-            for t, bucket in self._buckets(group):
+            for t, alike, bucket in self._buckets(group):
+                fused = group["fused"] and alike  # torch's kernel reads memory in its order
+                update = _fused if fused else _foreach if group["foreach"] else _single_tensor
                 update(bucket, lr * math.sqrt(1 - beta2**t) / (1 - beta1**t), group)
         return loss
 
@@ -161,28 +169,27 @@ class NAdamW(Optimizer):
         schedule = (group[name] for name in ("warmup_fraction", "constant_fraction", "final_lr_fraction"))
         return lr_factor(group["step"], group["training_steps"], *schedule)
 
-    def _buckets(self, group: dict[str, Any]) -> list[tuple[int, Bucket]]:
-        """The parameters that have a gradient, by those that can be stepped together, with their t."""
-        buckets: dict[tuple[torch.device, torch.dtype, int], Bucket] = {}
+    def _buckets(self, group: dict[str, Any]) -> list[tuple[int, bool, Bucket]]:
+        """The parameters that have a gradient, by those that can be stepped together.
+
+        With their t, and whether all that is kept of each lies in memory as it does.
+        """
+        buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            if parameter.grad.is_sparse:
-                raise RuntimeError(
-                    f"The gradient of a parameter of shape {tuple(parameter.shape)} is sparse; expected a dense one. "
-                    "Build the layer with sparse=False."
-                )
             state = self.state[parameter]
             if not state:
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["step"] += 1
-            bucket = buckets.setdefault((parameter.device, parameter.dtype, state["step"]), ([], [], [], []))
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            alike = all(tensor.stride() == parameter.stride() for tensor in tensors)
+            bucket = buckets.setdefault((parameter.device, parameter.dtype, state["step"], alike), ([], [], [], []))
             for column, tensor in zip(bucket, tensors, strict=True):
                 column.append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-        return [(t, bucket) for (_, _, t), bucket in buckets.items()]
+        return [(t, alike, bucket) for (_, _, t, alike), bucket in buckets.items()]
 
 
 def optimizer_for_idx(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ from manic.plotting import new_figure
 
 Train = Callable[[int], Any]  # a number, or an iterator of numbers
 MIN_FINISHED = 3  # trials that must have finished before one is stopped by comparison
+BEGINNING = '{"idx": '  # of a line of a file
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def sweep(
         progress: show a progress bar, if tqdm is installed.
 
     Raises:
-        ValueError: ``k``, ``order`` or ``workers`` is out of range, ``train`` reported no loss, or the file is not one
-            of a sweep.
+        ValueError: ``k``, ``order`` or ``workers`` is out of range, ``train`` reported no loss or something else, or
+            the file is not one of a sweep. What ``train`` raises comes through, once the trials that run beside it have
+            ended.
 
     Source:
         The median stopping rule: Golovin et al., *Google Vizier: A Service for Black-Box Optimization*, KDD 2017.
@@ -166,7 +169,10 @@ def sweep(
         raise ValueError(f"workers is {workers}; expected a number of processes, or 0 for none.")
     idxs = _places(k, order)
     file = None if path is None else Path(path)
-    known = {} if file is None else _read(file)
+    known = {}
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = _read(file)
     trials = {idx: known[idx] for idx in idxs if idx in known}
     with _progress_bar(len(idxs), len(trials), progress) as bar:
         for trial in _run(
@@ -185,8 +191,8 @@ def sweep(
 
 def _places(k: int, order: Iterable[int] | None) -> list[int]:
     available = list(range(len(all_configs()))) if order is None else list(order)
-    if not 1 <= k <= len(available):
-        raise ValueError(f"k is {k}; expected 1 to {len(available)}, the number of entries there are to try.")
+    if not isinstance(k, numbers.Integral) or not 1 <= k <= len(available):
+        raise ValueError(f"k is {k!r}; expected 1 to {len(available)}, the number of entries there are to try.")
     idxs = available[:k]
     for idx in idxs:
         config_for_idx(idx)
@@ -210,13 +216,19 @@ def _run(train: Train, idxs: list[int], finished: list[Trial], workers: int, ear
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         running: set[Future[Trial]] = set()
         waiting = list(idxs)
-        while waiting or running:
-            while waiting and len(running) < workers:
+        failure: BaseException | None = None  # of the first that failed; the others that are running still count
+        while running or (waiting and failure is None):
+            while waiting and failure is None and len(running) < workers:
                 running.add(pool.submit(_try, train, waiting.pop(0), curves()))
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
+                if future.exception() is not None:
+                    failure = failure or future.exception()
+                    continue
                 finished.append(future.result())
                 yield finished[-1]
+        if failure is not None:
+            raise failure
 
 
 def _try(train: Train, idx: int, curves: list[list[float]]) -> Trial:
@@ -225,7 +237,12 @@ def _try(train: Train, idx: int, curves: list[list[float]]) -> Trial:
     status = "finished"
     losses: list[float] = []
     for loss in reported if isinstance(reported, Iterator) else [reported]:
-        losses.append(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
+        try:
+            losses.append(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"train({idx}) reported {loss!r:.60}; expected a number. Yield losses one by one, or return the last."
+            ) from error
         if not math.isfinite(losses[-1]):
             status = "diverged"
         elif _is_hopeless(losses, curves):
@@ -259,23 +276,30 @@ def _read(path: Path) -> dict[int, Trial]:
     """The trials of a file. A last line without an end was cut off by an interruption, and is removed."""
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
+    *lines, rest = path.read_bytes().split(b"\n")
     trials = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record["losses"] = [math.nan if loss is None else loss for loss in record["losses"]]
+            record["losses"] = [math.nan if loss is None else float(loss) for loss in record["losses"]]
             trial = Trial(**record)
+            if not trial.losses or not isinstance(trial.idx, int):
+                raise ValueError("no loss, or no place")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"Line {number} of {path} is not a trial ({error!r}); expected a file that a sweep wrote. "
-                "Give another path, or remove the line."
-            ) from error
+            raise _not_a_trial(path, number) from error
         trials[trial.idx] = trial
+    if rest:
+        if not (rest + BEGINNING[len(rest) :].encode()).startswith(BEGINNING.encode()):
+            raise _not_a_trial(path, len(lines) + 1)
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
     return trials
+
+
+def _not_a_trial(path: Path, number: int) -> ValueError:
+    return ValueError(
+        f"Line {number} of {path} is not a trial; expected a file that a sweep wrote. Give another path, or remove the "
+        "line. Nothing was changed."
+    )
 
 
 def _progress_bar(total: int, initial: int, wanted: bool) -> AbstractContextManager[Any]:

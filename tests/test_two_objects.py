@@ -242,6 +242,20 @@ def test_changes_by_others_are_kept(through: str) -> None:
     assert relative_difference(weight.detach(), changed) < 0.2
 
 
+def test_a_nan_that_others_write_and_take_back() -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(60))
+    kept = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.out.weight.fill_(math.nan)
+    train(model, updater, mechanic, range(60, 61))  # skipped
+    model.load_state_dict(kept)
+    train(model, updater, mechanic, range(61, 70))
+    assert flat(model).isfinite().all()
+    assert 1e-6 < relative_difference(model.out.weight.detach(), kept["out.weight"]) < 1
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weights_that_are_clipped_after_every_step(optimizer: str) -> None:
     """What clipping undoes cannot pay for a larger scale."""

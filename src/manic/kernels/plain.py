@@ -122,9 +122,8 @@ def keep_change(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, resc
     """
     expected = point(reference, delta, scale)
     same = x == expected.to(x.dtype)
-    updates = torch.where(same, 0, (x - expected) * torch.where(scale > 0, rescaled / scale, 0))
-    left = delta.sign() * (delta.abs() - updates.abs()).clamp(min=0)
-    delta = torch.where(updates * delta < 0, left, delta)
+    updates = torch.where(same, 0, x - expected) * torch.where(scale > 0, rescaled / scale, 0)
+    delta = torch.fmax(torch.fmin(delta + updates, delta.clamp(min=0)), delta.clamp(max=0))  # finite beside a nan
     return torch.where(same, reference, x - delta * scale), delta
 
 

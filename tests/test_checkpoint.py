@@ -362,6 +362,16 @@ def test_refused_states() -> None:
         drop_in.load_state_dict(broken)
 
 
+def test_a_drop_in_state_of_another_version_is_refused() -> None:
+    optimizer = mechanize(torch.optim.AdamW)(make_net().parameters(), lr=0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["mechanic_version"] = 7
+        del group["mechanic_scale"]
+    with pytest.raises(ValueError, match=f"is of version 7; this release reads version {STATE_VERSION}"):
+        optimizer.load_state_dict(state)
+
+
 def test_the_options_come_with_the_state() -> None:
     model = make_net()
     saved = mechanize(torch.optim.AdamW, betas=(0.9, 0.99), s_decay=0.5, rule="optax")(model.parameters(), lr=0.1)

@@ -358,7 +358,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     _, before, updater = train("fused", COVERED[base], monkeypatch, steps=3, store_delta=store_delta)
     params = [p for group in updater.param_groups for p in group["params"]]
     state = [{n: v.clone() for n, v in updater.base_optimizer.state[p].items()} for p in params]
-    displacement = updater.displacement.state(params)
+    displacement = updater.displacement.state(params, updater.scale)
     for p in params:
         p.grad = torch.full_like(p, torch.nan)
     step = updater.displacement.plan(updater.base_optimizer)
@@ -371,7 +371,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert torch.equal(values(params), before)
     for i, p in enumerate(params):
         assert all(torch.equal(v, state[i][n]) for n, v in updater.base_optimizer.state[p].items())
-        assert all(torch.equal(v, displacement[i][n]) for n, v in updater.displacement.state(params)[i].items())
+        assert all(
+            torch.equal(v, displacement[i][n]) for n, v in updater.displacement.state(params, updater.scale)[i].items()
+        )
     assert torch.equal(updater.displacement._buckets[0].table.partial[1::2], sums[1::2])
 
 

@@ -315,8 +315,36 @@ def test_a_frozen_parameter_that_is_changed_starts_its_displacement_anew() -> No
     train(model, updater, mechanic, range(62, 64))
     model.out.requires_grad_(True)
     before = model.out.weight.detach().clone()
-    train(model, updater, mechanic, range(64, 65))
+    with pytest.warns(UserWarning, match="store_delta=True"):
+        train(model, updater, mechanic, range(64, 65))
     assert 0 < float((model.out.weight.detach() - before).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_parameters_that_take_turns_keep_their_displacement(store_delta: bool) -> None:
+    """Also in a copy, and in a run that is resumed, while one is away."""
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(30))
+    model.hidden.requires_grad_(False)
+    before = model.hidden.weight.detach().clone()
+    train(model, updater, mechanic, range(30, 45))
+    others = [copy.deepcopy((model, updater, mechanic))]
+    other = make_net(3)
+    other.hidden.requires_grad_(False)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    others.append((other, *pair(other, store_delta=store_delta)))
+    for ours, theirs in zip((updater, mechanic), others[-1][1:], strict=True):
+        theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for net, its_updater, its_mechanic in ((model, updater, mechanic), *others):
+        net.hidden.requires_grad_(True)
+        train(net, its_updater, its_mechanic, range(45, 46))
+        slot = its_updater.displacement.slots[net.hidden.weight]
+        moved = slot.x() - slot.reference if slot.delta is None else slot.delta
+        assert float(moved.abs().max()) > 1e-3  # a step alone does less
+        train(net, its_updater, its_mechanic, range(46, 60))
+        assert relative_difference(flat(net), flat(model)) < 1e-9
+    assert 1e-3 < relative_difference(model.hidden.weight.detach(), before) < 1
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
@@ -355,6 +383,23 @@ def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool) -
         assert torch.equal(seen[-1], flat(model))
     assert relative_difference(seen[-1], seen[0]) > 1e-3
     assert arguments[0] == (updater.base_optimizer, (updater.base_optimizer,), {})
+
+
+def test_a_hook_that_is_registered_in_a_step_stays() -> None:
+    model, calls = make_net(), []
+    updater, mechanic = pair(model)
+    base = updater.base_optimizer
+    base.register_step_post_hook(lambda *_: calls.append("old"))
+
+    def register(*_: Any) -> None:
+        handle.remove()
+        base.register_step_post_hook(lambda *_: calls.append("new"))
+
+    handle = base.register_step_pre_hook(register)
+    train(model, updater, mechanic, range(1))
+    calls.clear()
+    train(model, updater, mechanic, range(1, 3))
+    assert calls == ["old", "new"] * 2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -24,7 +24,6 @@ from manic.kernels.plain import point
 from manic.tuner import Sums
 
 PACK = 1 << 16  # elements: smaller parameters share a part, which costs less than passes of their own
-AWAY = -1  # in place of the version of a parameter that does not take part
 
 
 class Slot:
@@ -36,6 +35,7 @@ class Slot:
         delta: Δ, likewise, or ``None`` when it is recomputed from x.
         strides: of a gradient that lies in memory as the parameter does, or ``None`` where none can.
         offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
+        away: whether the scale goes on without the parameter.
     """
 
     def __init__(self, parameter: Tensor, *, store_delta: bool, offload: bool) -> None:
@@ -47,8 +47,9 @@ class Slot:
         self.strides: tuple[int, ...] | None = real.stride() if self.is_dense() and not parameter.is_complex() else None
         self.reference: Tensor = self._empty(real.numel()).copy_(self.x())
         self.delta = self._empty(real.numel()).zero_() if store_delta else None
-        self._version: int | None = None
+        self._version: int | None = None  # not known of what was loaded or copied
         self.address: int = 0
+        self.away: bool = False
         self.stamp()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,32 +60,26 @@ class Slot:
 
     def stamp(self) -> None:
         """Note that the parameter is as we left it."""
-        self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
-
-    def note_write(self) -> None:
-        """Tell autograd, which would go on with the graph of the old x, of a write that it has not seen."""
-        torch.autograd.graph.increment_version(local(self.parameter))
-
-    def leave(self) -> None:
-        """Note that the scale goes on without the parameter, which has to be compared when it is back."""
-        self._version = AWAY
+        self._version, self.address, self.away = version(self.parameter), local(self.parameter).data_ptr(), False
 
     def is_changed(self) -> bool:
         """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""
         return self._version != version(self.parameter) or self.address != local(self.parameter).data_ptr()
 
     def keep_change(self, scale: Tensor, rescaled: float) -> bool:
-        """Take the parameter as others have left it: see `kernels.plain.keep_change`.
+        """Take the parameter as others have left it, or as the scale has left it behind while it was away.
+
+        See `kernels.plain.keep_change`. Of one that is back only x_ref shifts.
 
         Args:
             scale: the scale in force, 0-d.
             rescaled: the α in it.
 
         Returns:
-            Whether Δ had to be given up because of the change.
+            Whether Δ had to be given up.
         """
         x = self.x().cpu() if self.offload else self.x()
-        before = self._version
+        lost = self.delta is None and self._version is not None and (self.is_changed() or not self.away)
         self.reference = self.reference.to(x.device, wide(x.dtype))
         if self.delta is not None:
             scale = scale.to(x.device)
@@ -92,14 +87,18 @@ class Slot:
             if x.device.type == "cpu" and torch.equal(x, point(self.reference, self.delta, scale).to(x.dtype)):
                 self.stamp()  # without a write, which autograd would notice
                 return False
-            kept = plain.keep_change(x, self.reference, self.delta, scale, 0.0 if before == AWAY else rescaled)
-            self.reference.copy_(kept[0])
-            self.delta.copy_(kept[1])
+            plain.keep_change(x, self.reference, self.delta, scale, 0.0 if self.away else rescaled)
             self.write(point(self.reference, self.delta, scale))
-        elif before is not None:
+        elif lost:
             self.reference.copy_(x)
         self.stamp()
-        return self.delta is None and before not in (None, AWAY)
+        return lost
+
+    def follow(self, scale: Tensor) -> None:
+        """While the parameter is away: have x_ref fit it at the scale in force, as it has to in a state dict."""
+        if self.delta is not None:
+            x = self.x().cpu() if self.offload else self.x()
+            plain.keep_change(x, self.reference, self.delta, scale.to(x.device), 0.0)
 
     def x(self) -> Tensor:
         """The parameter as 1-d: its own memory, or a copy where that has gaps."""
@@ -147,7 +146,7 @@ class Slot:
         self.reference.copy_(self._flat(local_part(tensors["reference"], self.parameter)))
         if self.delta is not None:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
-        self._version = None
+        self._version, self.away = None, False
 
     def _empty(self, numel: int) -> Tensor:
         x = _real(local(self.parameter))
@@ -229,8 +228,6 @@ class Part:
             for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
                 if not view:
                     slot.write(part)
-        for slot in self._slots:
-            slot.note_write()
 
 
 class Bucket:
@@ -354,7 +351,6 @@ class Batch:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
         copy = None if before is None else before[0]
         self.table.move(copy, weights, True if finite is None else finite, restart)
-        self._note_write()
 
     def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, bool | Tensor], None] | None:
         """The base step and the move of these parameters in one pass, if it is covered: see `kernels.fused`."""
@@ -371,13 +367,8 @@ class Batch:
 
         def step(weights: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
             one_pass.run(optimizer, rule, gradients, weights, finite, restart)
-            self._note_write()
 
         return step
-
-    def _note_write(self) -> None:
-        for slot in self._slots:
-            slot.note_write()
 
 
 class Displacement:
@@ -433,12 +424,12 @@ class Displacement:
             slot = self.slots.get(parameter)
             if not parameter.requires_grad and parameter.grad is None:
                 if slot is not None:
-                    slot.leave()
+                    slot.away = True
                 continue
             if slot is None:
                 slot = self.slots[parameter] = self._slot(parameter)
                 self.joined = True
-            elif changed or slot.is_changed():
+            elif changed or slot.away or slot.is_changed():
                 lost |= slot.keep_change(self.rescaled * scale, self.rescaled)
                 touched = True
             active.append(slot)
@@ -512,7 +503,10 @@ class Displacement:
         self._stamp()
 
     def _stamp(self) -> None:
-        for slot in self._active:  # after all are written: parts of one tensor share its version
+        """All that take part were written, also unseen by autograd, which would go on with the graphs of the old x."""
+        for slot in self._active:
+            torch.autograd.graph.increment_version(local(slot.parameter))
+        for slot in self._active:  # once none has a version to come: parts of one tensor share it
             slot.stamp()
 
     def _weights(self, old_scale: Tensor, scale: Tensor) -> Tensor:
@@ -554,10 +548,17 @@ class Displacement:
                 total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
         return self._reduction(total).unbind()  # type: ignore
 
-    def state(self, parameters: list[Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place."""
+    def state(self, parameters: list[Tensor], scale: Tensor) -> dict[int, dict[str, Tensor]]:
+        """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place.
+
+        Args:
+            parameters: those of the base optimizer.
+            scale: the scale in force, 0-d.
+        """
         for slot in self.slots.values():
             slot.settle()
+            if slot.away:
+                slot.follow(self.rescaled * scale)
         return {
             i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
-from manic.checkpoint import copied, dtypes, keep_dtypes
+from manic.checkpoint import check_version, copied, dtypes, keep_dtypes
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerState
@@ -165,7 +165,7 @@ class _Mechanized(Optimizer):
         packed = super().state_dict()
         _, base_state = _divide(packed["state"])
         state_dict = copied({**packed, "state": base_state})
-        for i, tensors in self.updater.displacement.state(self.updater._parameters()).items():
+        for i, tensors in self.updater.displacement.state(self.updater._parameters(), self.updater._scale).items():
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
@@ -187,6 +187,8 @@ class _Mechanized(Optimizer):
                 f"The state dict has no param_groups; expected the state dict of a mechanized {self._base.__name__}."
             )
         saved = {key: groups[0].get(key) for key in GROUP_KEYS}
+        if saved["mechanic_version"] is not None:
+            check_version({"version": saved["mechanic_version"]}, "optimizer's", ())
         missing = [key for key, value in saved.items() if value is None]
         if missing:
             raise ValueError(

@@ -8,6 +8,7 @@ import math
 import numbers
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -255,7 +256,7 @@ class Updater:
         with torch.no_grad():
             before = self.displacement.begin() if one_pass is None else None
         try:
-            with self._internal_rates(), self._found_inf(on_device), self._held_hooks() as hooks:
+            with self._internal_rates(), self._found_inf(on_device), self._held_hooks():
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
                 else:
@@ -274,7 +275,7 @@ class Updater:
                 self.displacement.restore(before, self._scale)
             raise
         self._pending, self._begin = False, None
-        for hook in hooks:
+        for hook in list(getattr(self.base_optimizer, "_optimizer_step_post_hooks", {}).values()):
             hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
@@ -319,7 +320,7 @@ class Updater:
 
     @torch.no_grad()
     def rebase(self) -> None:
-        """Take the parameters as they are now: x_ref shifts by what others changed, Δ stays.
+        """Take the parameters as others have left them: what takes back a part of Δ comes out of it, x_ref shifts.
 
         Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed
         without this. Call it after those that do not, such as writes through ``parameter.data``. With
@@ -379,7 +380,7 @@ class Updater:
             "unit": self._unit,
             "nominal_rates": list(self._nominal_rates),
             "steps": self._count(),
-            "displacement": self.displacement.state(self._parameters()),
+            "displacement": self.displacement.state(self._parameters(), self._scale),
             "dtypes": dtypes(self.base_optimizer),
         }
 
@@ -521,17 +522,18 @@ class Updater:
                 group["lr"] = rate
 
     @contextmanager
-    def _held_hooks(self) -> Iterator[list[Callable[..., Any]]]:
-        """Keep the base's hooks after a step from seeing where the base alone would go; gives these hooks."""
+    def _held_hooks(self) -> Iterator[None]:
+        """Keep the base's hooks after a step from seeing where the base alone would go."""
         base: Any = self.base_optimizer
         hooks = getattr(base, "_optimizer_step_post_hooks", None)
         if not hooks:
-            yield []
+            yield
             return
-        base._optimizer_step_post_hooks = {}
+        base._optimizer_step_post_hooks = OrderedDict()
         try:
-            yield list(hooks.values())
+            yield
         finally:
+            hooks.update(base._optimizer_step_post_hooks)  # those that were registered in the step
             base._optimizer_step_post_hooks = hooks
 
     def _plan_one_pass(self) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from manic import tuner
 from manic.displacement import scale_dtype, wide
 from manic.functional.tree import Number, Tree, check_params, map_leaves, tree_where
-from manic.kernels.plain import keep_change
+from manic.kernels.plain import kept
 from manic.tuner import Sums, TunerConfig, TunerState
 
 
@@ -114,11 +114,11 @@ def mechanize(
         old = constants.rescaled * scale
 
         def keep(x: Tensor, _: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-            return x, *keep_change(x, reference, delta, old, constants.rescaled)
+            return x, *kept(x, reference, delta, old, constants.rescaled)
 
-        _, *kept = map_leaves(keep, params, grads, state.reference, state.delta)
+        _, references, deltas = map_leaves(keep, params, grads, state.reference, state.delta)
         tentative, base = step(params, grads, state.base, config)
-        sums = _sums(params, grads, kept[1], scale)
+        sums = _sums(params, grads, deltas, scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
         factor = getattr(config, "lr", state.lr) / state.lr
@@ -136,7 +136,7 @@ def mechanize(
             end = reference + delta * new
             return end.to(x.dtype), torch.where(restart, end, reference), torch.where(restart, 0, delta)
 
-        moved, reference, delta = map_leaves(move, params, tentative, *kept)
+        moved, reference, delta = map_leaves(move, params, tentative, references, deltas)
         after = moved, MechanizeState(base, reference, delta, tuned, state.betas, steps, state.lr)
         return tree_where(h.isfinite() & sums.grad_square.isfinite(), after, (params, state))
 

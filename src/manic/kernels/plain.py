@@ -109,7 +109,15 @@ def point(reference: Tensor, delta: Tensor, scale: Tensor, *, out: Tensor | None
     return torch.mul(delta, scale, out=out).add_(reference)
 
 
-def keep_change(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: float) -> tuple[Tensor, Tensor]:
+def keep_change(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: float) -> None:
+    """`kept`, in place, block by block."""
+    for of_x, of_reference, of_delta in blocks([x], [reference], [delta]):
+        after = kept(of_x, of_reference, of_delta, scale, rescaled)
+        of_reference.copy_(after[0])
+        of_delta.copy_(after[1])
+
+
+def kept(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: float) -> tuple[Tensor, Tensor]:
     """x_ref and Δ such that `point` is x, which others may have changed, element by element.
 
     What takes back a part of Δ, as clipping weights does, is taken out of it; x_ref shifts by the rest. What was not

@@ -97,7 +97,7 @@ class Slot:
     def follow(self, scale: Tensor) -> None:
         """While the parameter is away: have x_ref fit it at the scale in force, as it has to in a state dict."""
         if self.delta is not None:
-            x = self.x().cpu() if self.offload else self.x()
+            x = self.x().to(self.reference.device)
             plain.keep_change(x, self.reference, self.delta, scale.to(x.device), 0.0)
 
     def x(self) -> Tensor:

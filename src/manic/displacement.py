@@ -11,6 +11,7 @@ device's work and without the host waiting for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -364,11 +365,7 @@ class Batch:
         one_pass, gradients = self._one_pass, self.gradients()
         if not one_pass.prepare(optimizer, rule, gradients):
             return None
-
-        def step(weights: Tensor, finite: Tensor, restart: bool | Tensor) -> None:
-            one_pass.run(optimizer, rule, gradients, weights, finite, restart)
-
-        return step
+        return partial(one_pass.run, optimizer, rule, gradients)
 
 
 class Displacement:

@@ -150,8 +150,7 @@ class NAdamW(Optimizer):
             lr = group["lr"] * self._lr_factor(group)
             group["step"] += 1
             beta1, beta2 = group["betas"]
-            for t, alike, bucket in self._buckets(group):
-                fused = group["fused"] and alike  # torch's kernel reads memory in its order
+            for t, fused, bucket in self._buckets(group):
                 update = _fused if fused else _foreach if group["foreach"] else _single_tensor
                 update(bucket, lr * math.sqrt(1 - beta2**t) / (1 - beta1**t), group)
         return loss
@@ -172,7 +171,7 @@ class NAdamW(Optimizer):
     def _buckets(self, group: dict[str, Any]) -> list[tuple[int, bool, Bucket]]:
         """The parameters that have a gradient, by those that can be stepped together.
 
-        With their t, and whether all that is kept of each lies in memory as it does.
+        With their t, and whether torch's fused kernel may step them: it reads tensors in the order of their memory.
         """
         buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
         for parameter in group["params"]:
@@ -185,11 +184,11 @@ class NAdamW(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["step"] += 1
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            alike = all(tensor.stride() == parameter.stride() for tensor in tensors)
-            bucket = buckets.setdefault((parameter.device, parameter.dtype, state["step"], alike), ([], [], [], []))
+            fused = group["fused"] and all(tensor.stride() == parameter.stride() for tensor in tensors)
+            bucket = buckets.setdefault((parameter.device, parameter.dtype, state["step"], fused), ([], [], [], []))
             for column, tensor in zip(bucket, tensors, strict=True):
                 column.append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-        return [(t, alike, bucket) for (_, _, t, alike), bucket in buckets.items()]
+        return [(t, fused, bucket) for (_, _, t, fused), bucket in buckets.items()]
 
 
 def optimizer_for_idx(

@@ -23,7 +23,7 @@ from manic.plotting import new_figure
 
 Train = Callable[[int], Any]  # a number, or an iterator of numbers
 MIN_FINISHED = 3  # trials that must have finished before one is stopped by comparison
-BEGINNING = '{"idx": '  # of a line of a file
+BEGINNING = b'{"idx": '  # of a line of a file
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ def _read(path: Path) -> dict[int, Trial]:
     """The trials of a file. A last line without an end was cut off by an interruption, and is removed."""
     if not path.exists():
         return {}
-    *lines, rest = path.read_bytes().split(b"\n")
+    text = path.read_bytes()
+    *lines, rest = text.split(b"\n")
     trials = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -289,9 +290,9 @@ def _read(path: Path) -> dict[int, Trial]:
             raise _not_a_trial(path, number) from error
         trials[trial.idx] = trial
     if rest:
-        if not (rest + BEGINNING[len(rest) :].encode()).startswith(BEGINNING.encode()):
+        if rest[: len(BEGINNING)] != BEGINNING[: len(rest)]:
             raise _not_a_trial(path, len(lines) + 1)
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        os.truncate(path, len(text) - len(rest))
     return trials
 
 

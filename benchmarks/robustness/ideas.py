@@ -70,7 +70,7 @@ class Idea:
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
-        then: what that is. ``"noise"``: (10) to (12); ``"sum"``: the scale falls as one over the root of the sum of h²
+        then: what that is. ``"noise"``: (10) to (13); ``"sum"``: the scale falls as one over the root of the sum of h²
             since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
             largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
             scale stays; ``"mean"``: bets are on how h differs from its mean since x_ref moved.
@@ -92,7 +92,7 @@ class Idea:
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
         period: the most steps between two moves of x_ref, if it is growing.
-        power: of the sums of h² in (12).
+        power: of the sums of h², or of c, in (13).
         noise: half of the square of the difference from the h before takes the place of h² in these sums.
         shared: the schedule's decay since its highest factor counts as a part of the fall.
     """

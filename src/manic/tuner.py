@@ -362,10 +362,10 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> Tun
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
-    c = USUAL / (USUAL + z)
+    before, now = USUAL + state.noise, USUAL + z
+    premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    s = state.scales / state.premium * (held * (c * (1 + state.noise / USUAL)).sqrt())  # (13), but for π
-    premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** c  # (12)
+    s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
     return state._replace(scales=s * premium, power=q, level=p, peak=peak, noise=z, premium=premium, last=k)

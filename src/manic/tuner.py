@@ -114,7 +114,7 @@ RESCALED = 0.5  # α
 LEARNS = 3**5  # T
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
-PREMIUM = 3  # how far a schedule has to fall before the rate does
+PREMIUM = 3  # the rate stays until the schedule has fallen to a third, where h is signal
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
 

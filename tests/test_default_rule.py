@@ -304,12 +304,13 @@ def test_a_schedule_that_rises_again_takes_back_what_made_up_for_its_fall() -> N
 
 def test_nor_does_it_lift_the_scale_above_the_largest_allowed() -> None:
     """And once it is taken back, the scale is what it would be without."""
-    found = []
-    for ceiling in (None, 2 * scales_of(243, lambda step: -1.0)[-1]):
-        factors = [1.0 if step <= 300 or step > 400 else 0.25 for step in range(1, 501)]
-        found.append(scales_of(500, lambda step: -1.0, lambda step, f=factors: f[step - 1], max_scale=ceiling))
-    free, capped = found
-    assert free[400 - 1] == pytest.approx(3 * free[242])
+
+    def dip(step: int) -> float:
+        return 0.25 if 300 < step <= 400 else 1.0
+
+    free = scales_of(500, lambda step: -1.0, dip)
+    capped = scales_of(500, lambda step: -1.0, dip, max_scale=2 * free[242])
+    assert free[399] == pytest.approx(3 * free[242])
     assert capped[300:400] == pytest.approx(100 * [2 * free[242]])
     assert capped[400:] == pytest.approx(free[400:])
 

@@ -55,7 +55,8 @@ CASES = [
     ("sgd", torch.optim.SGD, MOMENTUM, {"rule": "mechanic_pytorch", "s_init": 1e-4}),
     ("adam", torch.optim.Adam, ADAM, {"betas": (0.9, 0.99)}),
     ("adamw", torch.optim.AdamW, ADAM, {"rule": "optax", "s_decay": 0.1}),
-    ("adamw", torch.optim.AdamW, ADAM, {"s_init": 1e-4, "max_scale": 0.02}),
+    ("adamw", torch.optim.AdamW, ADAM, {"s_init": 1e-4, "max_scale": 0.02}),  # below what is learned
+    ("adamw", torch.optim.AdamW, ADAM, {"s_init": 1e-4, "max_scale": 0.62}),  # above it, until the schedule decays
 ]
 
 
@@ -88,9 +89,9 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     assert distance(theirs, start) > 0.05
     assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
-    if "rule" not in tuner and "max_scale" not in tuner:
+    if "rule" not in tuner:  # two steps were skipped
         changes = [abs(scale / scales[244] - 1) for scale in scales[245:]]
-        assert max(changes) > 0.1  # two steps were skipped
+        assert max(changes) > 0.1 or scales[244:] == pytest.approx((tuner.get("max_scale"),) * len(scales[244:]))
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 
@@ -111,7 +112,7 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
         ours, state = changed(new, t), new_state
         if t > 0 or "rule" in tuner or "s_init" in tuner:  # else Mechanic logs before the first update is known
             assert float(state.scale) == pytest.approx(scales[t], rel=1e-10, abs=1e-300)
-    assert distance(ours, theirs) <= 1e-9  # 9e-11 with Adam, whose steps at this rate bounce; else 1e-15
+    assert distance(ours, theirs) <= (1e-9 if name == "adam" else 1e-12)  # 9e-11: its steps bounce at this rate
     assert float(state.scale) == pytest.approx(scales[-1], rel=1e-12)
 
 

@@ -218,8 +218,8 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         s = start.clone()
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
-    late = {name: zero.clone() for name in ("power", "level", "peak", "noise", "last")}
-    return TunerState(s, zero.clone(), m, zero.clone(), start, premium=torch.ones_like(zero), **late)
+    state = TunerState(*(zero.clone() for _ in TunerState._fields))
+    return state._replace(scales=s, max_product=m, start=start, premium=torch.ones_like(zero))
 
 
 def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:

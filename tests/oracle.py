@@ -16,10 +16,19 @@ class Oracle:
     """One run of Algorithm 1 as printed (``paper``), as mechanic-pytorch or optax have it, or with manic's changes."""
 
     def __init__(
-        self, x: list[float], rule: str, *, betas: list[float], lam: float, s_init: float | None, eps: float
+        self,
+        x: list[float],
+        rule: str,
+        *,
+        betas: list[float],
+        lam: float,
+        s_init: float | None,
+        eps: float,
+        steps_per_epoch: float | None = None,
     ) -> None:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
+        self.steps_per_epoch = steps_per_epoch
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
@@ -66,6 +75,8 @@ class Oracle:
             usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
             if usual > 0:
                 noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
+                if self.steps_per_epoch is not None:  # `steps` are those before this one
+                    noise *= max(0.0, (self.steps + 1) / self.steps_per_epoch - 1)
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise

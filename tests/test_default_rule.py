@@ -167,14 +167,14 @@ def scales_of(
     steps: int,
     product: Callable[[int], float],
     factor: Callable[[int], float] = lambda step: 1.0,
-    max_scale: float | None = None,
+    **options: float,
 ) -> list[float]:
     """The scale after each step, if h in step t is ``product(t)``, and the schedule's factor ``factor(t)``."""
-    config = tuner.TunerConfig(s_init=1.0, max_scale=max_scale)
+    config = tuner.TunerConfig(s_init=1.0, **options)
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
         h, learning = torch.tensor(product(step)), tuner.is_learning(step, config)
-        state = tuner.update(state, h, betas, config, learning, factor(step))
+        state = tuner.update(state, h, betas, config, learning, factor(step), tuner.seen(step, config))
         found.append(float(state.scales.sum()))
     return found
 
@@ -191,6 +191,16 @@ def test_after_that_it_falls_as_one_over_the_root_of_the_noisy_steps() -> None:
     scales = scales_of(len(noise), lambda step: noise[step - 1])
     assert scales[4242] / scales[242] == pytest.approx(math.sqrt(81 / 4081), rel=0.2)
     assert scales[-1] / scales[4242] == pytest.approx(0.5, rel=0.1)
+
+
+def test_noise_counts_as_often_as_its_rows_were_seen_before() -> None:
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).tolist()
+    once, told = (scales_of(5000, lambda step: noise[step - 1], **known) for known in ({}, {"steps_per_epoch": 1000}))
+    assert once[999] < once[242] / 2
+    assert told[242:1000] == [once[242]] * 758
+    for step in (2000, 5000):
+        counted = sum(t / 1000 - 1 for t in range(1001, step + 1))
+        assert told[step - 1] / told[242] == pytest.approx(math.sqrt(81 / (81 + counted)), rel=0.2)
 
 
 @pytest.mark.parametrize(("signal", "falls"), [(0.7, True), (1.4, False)])
@@ -427,14 +437,14 @@ def test_a_group_that_is_warmed_up_alone_does_not_slow_the_others(one: float | t
     assert scales[-1] > 0.8 * scales[299]
 
 
-def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:
+def error_of_a_noisy_fit(seed: int, *, held_out: bool, steps_per_epoch: float | None) -> float:
     """Against the line that the targets are, with as much noise again, after 600 steps on 200 rows."""
     torch.manual_seed(seed)
     x, unseen = torch.randn(200, 8), torch.randn(2000, 8)
     y = x[:, :1] + torch.randn(200, 1)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
-    mechanic = Mechanic(updater)
+    mechanic = Mechanic(updater, steps_per_epoch=steps_per_epoch)
 
     def backward(rows: torch.Tensor) -> None:
         model.zero_grad()
@@ -458,13 +468,15 @@ def error_of_a_noisy_fit(seed: int, *, held_out: bool) -> float:
 
 @pytest.mark.filterwarnings("ignore::manic.ScaleWarning")  # nothing helps the held-out rows any more
 def test_a_net_does_not_learn_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def error(*, held_out: bool = False) -> float:
-        return statistics.fmean(error_of_a_noisy_fit(seed, held_out=held_out) for seed in range(3))
+    def error(*, held_out: bool = False, steps_per_epoch: float | None = None) -> float:
+        errors = (error_of_a_noisy_fit(seed, held_out=held_out, steps_per_epoch=steps_per_epoch) for seed in range(3))
+        return statistics.fmean(errors)
 
-    by_default, with_held_out = error(), error(held_out=True)
+    by_default, told, with_held_out = error(), error(steps_per_epoch=200 / 32), error(held_out=True)
     monkeypatch.setattr(tuner, "is_learning", lambda step, config: True)
     monkeypatch.setattr(tuner, "restarts", lambda step, config: 729 % step == 0)
     with_noise = error()
     assert with_noise > 0.3
     assert by_default < with_noise / 2
+    assert told < by_default
     assert with_held_out < with_noise / 2

@@ -36,6 +36,7 @@ def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
         ({"s_decay": -1e-3}, "s_decay is -0.001; expected a finite number >= 0"),
         ({"s_decay": math.nan}, "s_decay is nan"),
         ({"max_scale": 0.0}, "max_scale is 0.0"),
+        ({"steps_per_epoch": 0}, r"steps_per_epoch is 0; expected a finite number > 0.*len\(loader\)"),
         ({"log_every": -1}, "log_every is -1; expected a number of steps, 0 or more"),
         ({"log_every": None}, "log_every is None; expected a number of steps, 0 or more"),
     ],
@@ -323,6 +324,7 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
         (lambda: Mechanic(Updater(sgd()), betas=0.9), r"betas is 0.9; expected several numbers in \[0, 1\)"),
         (lambda: Mechanic(Updater(sgd()), s_init="auto"), "s_init is 'auto'; expected a finite number > 0"),
         (lambda: Mechanic(Updater(sgd()), max_scale="1"), "max_scale is '1'; expected a finite number > 0"),
+        (lambda: Mechanic(Updater(sgd()), steps_per_epoch=[1]), r"steps_per_epoch is \[1\]; expected a finite number"),
         (lambda: Mechanic(Updater(sgd()), log_func=History), r"log_func is <class .*History.*such as History\(\)"),
         (
             lambda: Mechanic(Updater(sgd()), log_func="run.csv"),

@@ -40,6 +40,7 @@ def run_manic(
     rule: str,
     s_decay: float,
     s_init: float | None = S_INIT,
+    steps_per_epoch: float | None = None,
     held_out: int = 0,
 ) -> tuple[torch.Tensor, float]:
     """With ``held_out``, the scale is learned from other batches, at every so many steps."""
@@ -47,7 +48,8 @@ def run_manic(
     start, hs, scales = flat(model), [], []
     base = OPTIMIZERS[optimizer](model.parameters(), lr=0.5)
     updater = Updater(base, SCHEDULES[scheduler](base), store_delta=store_delta, internal_lr=None)
-    mechanic = Mechanic(updater, rule=rule, s_decay=s_decay, s_init=s_init, log_func=lambda d: hs.append(float(d["h"])))
+    options: dict[str, Any] = {"rule": rule, "s_decay": s_decay, "s_init": s_init, "steps_per_epoch": steps_per_epoch}
+    mechanic = Mechanic(updater, **options, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS if rule == "manic" else PUBLISHED_STEPS):
         if held_out and step % held_out == 0:
             backward(model, BATCHES + step)
@@ -114,6 +116,20 @@ def test_oracle(optimizer: str, scheduler: str, rule: str, s_decay: float, s_ini
 
 def test_a_warmup_that_is_longer_than_the_search() -> None:
     test_oracle("adamw", "long_warmup", "manic", 0.0, None)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps_per_epoch", [100, 310.5])
+def test_rows_that_were_seen_before(steps_per_epoch: float, scheduler: str) -> None:
+    known: dict[str, Any] = {"s_init": None, "steps_per_epoch": steps_per_epoch}
+    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, eps=0.0, **known)
+    expected = drive("sgd_nesterov", scheduler, oracle.step, STEPS)
+    parameters, scale = run_manic("sgd_nesterov", scheduler, store_delta=True, rule="manic", s_decay=0.0, **known)
+    known["steps_per_epoch"] = None
+    _, scale_if_not_known = run_manic("sgd_nesterov", scheduler, store_delta=True, rule="manic", s_decay=0.0, **known)
+    assert abs(scale / scale_if_not_known - 1) > 0.05
+    assert relative_difference(parameters, expected) < TOLERANCE
+    assert scale == pytest.approx(sum(oracle.s), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

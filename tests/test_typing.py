@@ -31,6 +31,7 @@ def test_two_objects() -> None:
         s_init=1e-3,
         eps=1e-8,
         max_scale=1.0,
+        steps_per_epoch=100,
         log_func=history,
         log_every=1,
     )

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -34,6 +34,16 @@ BASES = ("adamw", "sgd", "lion")
 CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new_digits")
 SEEDS, STEPS = [0, 1, 2], 500
 SCORED = {"valid": "the validation loss at the end", "best": "the lowest validation loss on the way"}
+
+
+SEEN: dict[str, Callable[[float], float]] = {
+    "once": lambda e: 1.0,
+    "before": lambda e: max(0.0, e - 1),
+    "so far": lambda e: e,
+    "root": math.sqrt,
+    "to ten": lambda e: min(e, 10.0),
+    "to thirty": lambda e: min(e, 30.0),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Idea:
             two moves; 0: there is none.
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
+        rising: it is that times the number of passes over the data so far, and no more than that; 0 after T.
         published_decay: the λ term has the scale in it.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
         rescaled: α, how much of a change of the scale moves x along Δ.
@@ -84,6 +95,8 @@ class Idea:
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
         holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
+        seen: a key of `SEEN`: what a step counts for in (11), by how often its rows have been seen.
+        passes: the fall is to the power of e/(1 + e), with e that number, in place of ``power``.
         premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
         gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
@@ -94,7 +107,7 @@ class Idea:
         period: the most steps between two moves of x_ref, if it is growing.
         power: of the sums of h², or of c, in (13).
         noise: half of the square of the difference from the h before takes the place of h² in these sums.
-        shared: the schedule's decay since its highest factor counts as a part of the fall.
+        shared: the schedule's decay since its highest factor counts as a part of the fall, but for the premium.
     """
 
     s_init: float | None = None
@@ -114,6 +127,7 @@ class Idea:
     ceiling: float = 0.0
     forget: float | None = None
     s_decay: float = 0.0
+    rising: bool = False
     published_decay: bool = False
     delay: float = 0.0
     rescaled: float = tuner.RESCALED
@@ -134,6 +148,8 @@ class Idea:
     short: int = tuner.SHORT
     evens: str = "gauge"
     holds: bool = True
+    seen: str = "once"
+    passes: bool = False
     premium: float = tuner.PREMIUM
     gate: float = 1.0
     signal: float = 2.0
@@ -158,6 +174,7 @@ NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
+TOLD = Idea(seen="before")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -288,6 +305,16 @@ IDEAS = {
     "…, a premium of 2 where h is signal, to the power of c²": Idea(premium=2.0, gate=2.0),
     "…, a premium of 3 where h is signal, to the power of c²": Idea(gate=2.0),
     "…, a premium of 4 where h is signal, to the power of c²": Idea(premium=4.0, gate=2.0),
+    "with the epoch given": TOLD,
+    "with the epoch given, this pass counts too": replace(TOLD, seen="so far"),
+    "with the epoch given, the root of the passes": replace(TOLD, seen="root"),
+    "with the epoch given, ten passes at most": replace(TOLD, seen="to ten"),
+    "with the epoch given, thirty passes at most": replace(TOLD, seen="to thirty"),
+    "with the epoch given, to the power of e/(1 + e)": replace(TOLD, seen="once", passes=True),
+    "with the epoch given, a premium of 3 throughout": replace(TOLD, gate=0.0),
+    "with the epoch given, the schedule's decay counted": replace(TOLD, shared=True),
+    "with the epoch given, λ = 0.005 from the first pass on": replace(TOLD, s_decay=0.005, rising=True),
+    "with the epoch given, λ = 0.01 from the first pass on": replace(TOLD, s_decay=0.01, rising=True),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -307,6 +334,7 @@ class Tuner:
 
     def __init__(self, idea: Idea, stack: Stack) -> None:
         self.idea = idea
+        self.steps_per_epoch = stack.task.steps_per_epoch
         self.betas = torch.tensor(idea.betas, dtype=torch.float64)
         self.n = len(idea.betas)
         self.counts = torch.tensor([shape.numel() for shape in stack.shapes.values()])
@@ -343,6 +371,8 @@ class Tuner:
         h = self.product(delta, g)
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
+            if idea.rising:
+                weight *= min(1.0, (self.count + 1) / self.steps_per_epoch) * (self.count < idea.learns)
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:
@@ -368,9 +398,7 @@ class Tuner:
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
             fall = held * self.fall(h, before, part, held)
-            signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
-            premium = (min(self.highest / part, idea.premium) if part > 0 else idea.premium) ** signal
-            self.scale = (premium * fall * self.s).sum(-1)
+            self.scale = (self.premium(part) * fall * self.s).sum(-1)
             return self.scale
         bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
@@ -388,6 +416,12 @@ class Tuner:
         self.scale = torch.minimum(scale, limit)
         self.largest = torch.maximum(self.largest, self.scale)
         return self.scale
+
+    def premium(self, part: float) -> Tensor:
+        """π of (12)."""
+        idea = self.idea
+        signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
+        return (min(self.highest / part, idea.premium) if part > 0 else idea.premium) ** signal
 
     def fall(self, h: Tensor, before: Tensor, part: float, held: float) -> Tensor:
         """What of the scale is left after T, from h, the one before, the schedule's factor, and what is done to it."""
@@ -408,9 +442,14 @@ class Tuner:
                 if idea.usual == "most" and self.count > idea.learns + idea.gauges:
                     self.most = usual = torch.maximum(self.most, usual)
             noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
-            self.late = (self.late + torch.where(usual > 0, noise, 0)).clamp(min=0)
+            e = self.count / self.steps_per_epoch
+            self.late = (self.late + SEEN[idea.seen](e) * torch.where(usual > 0, noise, 0)).clamp(min=0)
             late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
-            return (idea.counts / late) ** idea.power
+            left = (idea.counts / late) ** (e / (1 + e) if idea.passes else idea.power)
+            if idea.shared:
+                premium = self.premium(part)
+                left = torch.minimum(left * (self.highest / part if part > 0 else math.inf), premium) / premium
+            return left
         if idea.then == "largest":
             self.most = torch.maximum(self.most, self.m[..., -1:])
             self.most = torch.maximum(self.most, torch.minimum(h.abs(), idea.outlier * self.most))

@@ -37,6 +37,11 @@ class Task:
     valid: Data
     batch: int = 64
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many rows are drawn as there are."""
+        return len(self.train[0]) / self.batch
+
 
 def split(inputs: Tensor, targets: Tensor, valid: float = 0.3) -> tuple[Data, Data]:
     """Training and validation rows, the same ones whatever the seed of the run."""

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from manic import Mechanic, Updater, tuner
 
-START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
+START, BASE = "start", "base"
+EPOCH, HELD_OUT = "manic, epoch given", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
@@ -124,6 +125,11 @@ def manic(parameters: Iterable[nn.Parameter], run: Run, **options: Any) -> Stepp
     return [Mechanic(updater, **options), updater]
 
 
+def manic_told(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
+    """The same, which is told how many steps a pass over the data takes."""
+    return manic(parameters, run, steps_per_epoch=TASKS[run.task]().steps_per_epoch)
+
+
 def mechanic_pytorch(parameters: Iterable[nn.Parameter], run: Run) -> Steppers:
     """The published package."""
     cls, options = base_class(run.base)
@@ -169,7 +175,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "manic": Method(manic, "manic", tuple(GRIDS)),
-    HELD_OUT: Method(manic, "manic", tuple(GRIDS)),
+    EPOCH: Method(manic_told, "manic", tuple(GRIDS)),
+    HELD_OUT: Method(manic_told, "manic", tuple(GRIDS)),
     "optax rule": Method(lambda parameters, run: manic(parameters, run, rule="optax"), "manic", tuple(GRIDS)),
     "mechanic-pytorch": Method(mechanic_pytorch, "mechanic_pytorch", tuple(GRIDS)),
     "Prodigy": Method(prodigy, "prodigyopt", ("adamw",)),

@@ -37,6 +37,9 @@ class Mechanic:
             moves the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
+        steps_per_epoch: how many steps a pass over the data takes, ``len(loader)`` as a rule, for the rule ``"manic"``.
+            From step 244 on the scale then falls the more by the noise of gradients the more often their rows were
+            seen before, and not at all in the first pass. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.
@@ -75,6 +78,7 @@ class Mechanic:
         s_init: float | None = None,
         eps: float = 1e-8,
         max_scale: float | None = None,
+        steps_per_epoch: float | None = None,
         log_func: Callable[[dict[str, Any]], object] | None = None,
         log_every: int = 0,
     ) -> None:
@@ -90,7 +94,15 @@ class Mechanic:
             raise TypeError(
                 f"log_func is {log_func!r}; expected a function of one dict, or an object such as History()."
             )
-        config = TunerConfig(rule=rule, betas=betas, s_decay=s_decay, s_init=s_init, eps=eps, max_scale=max_scale)
+        config = TunerConfig(
+            rule=rule,
+            betas=betas,
+            s_decay=s_decay,
+            s_init=s_init,
+            eps=eps,
+            max_scale=max_scale,
+            steps_per_epoch=steps_per_epoch,
+        )
         self.updater = updater
         self.log_func = log_func
         self.log_every = log_every
@@ -162,8 +174,11 @@ class Mechanic:
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        factor = self.updater._factor
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor)
+        factor, count = self.updater._factor, taken + 1
+        if config.steps_per_epoch is not None:  # as a tensor, whose value compiled code does not hold
+            count = torch.zeros_like(scale).add_(count)
+        seen = tuner.seen(count, config)
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, seen)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -291,11 +306,12 @@ def _tune(
     config: TunerConfig,
     learning: bool | Tensor,
     factor: Tensor,
+    seen: float | Tensor,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning, factor)
+    after = tuner.update(state, h, betas, config, learning, factor, seen)
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

@@ -35,6 +35,7 @@ def mechanize(
     s_init: float | None = None,
     eps: float = 1e-8,
     max_scale: float | None = None,
+    steps_per_epoch: float | None = None,
     store_delta: bool = True,
     cpu_offload: bool = False,
     internal_lr: float | None = 1.0,
@@ -51,7 +52,7 @@ def mechanize(
 
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
-        rule, betas, s_decay, s_init, eps, max_scale, log_func, log_every: see `Mechanic`.
+        rule, betas, s_decay, s_init, eps, max_scale, steps_per_epoch, log_func, log_every: see `Mechanic`.
         store_delta, cpu_offload, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
@@ -90,6 +91,7 @@ def mechanize(
         "s_init": s_init,
         "eps": eps,
         "max_scale": max_scale,
+        "steps_per_epoch": steps_per_epoch,
     }
     mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
     key = (base, *updater.values(), *tuner.values(), id(log_func), log_every)

@@ -20,8 +20,8 @@ and, under the rule ``manic`` only::
 and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
-    z_t = max(0, z_{t-1} + k_t²/a_t
-                         - 2 min(k_t k_{t-1}/a_t, 3²))      (11)
+    z_t = max(0, z_{t-1} + e_t (k_t²/a_t
+                         - 2 min(k_t k_{t-1}/a_t, 3²)))     (11)
     π_t = min(F_t/f_t, 3) to the power of c_t               (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
@@ -35,7 +35,7 @@ v       ``sum_squares``  (..., n)   decayed sum of h²
 q       ``power``        (..., n)   decayed sum of h² since T; a is what h² usually is where f is 1
 p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
-z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts (f/F)²
+z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts e (f/F)²
 π       ``premium``      (..., n)   how much of the schedule's decay s makes up for
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
@@ -43,6 +43,7 @@ h       ``h``            (...)      inner product of the displacement Δ with th
 s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
+e       ``seen``         (...)      how often the rows of a step were seen before: t/E - 1, or 0; 1 if not known
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has
 T       ``LEARNS``       number     the steps that the tuner learns for
@@ -87,6 +88,9 @@ What each rule does that the paper as printed does not:
     steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13).
+  - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
+    counts in z as often as its rows were seen before, if the steps E of a pass over the data are given: s stays in the
+    first pass, and falls as 1/t in many. If they are not, every step counts once.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
     gradients are signal, the rate stays as it was learned until the schedule has fallen to a third (12); where they
@@ -115,6 +119,10 @@ LEARNS = 3**5  # T
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # the rate stays until the schedule has fallen to a third, where h is signal
+HINTS = {
+    "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
+    "steps_per_epoch": " It is how many steps a pass over the data takes: len(loader), or None if there is no saying.",
+}
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
 
@@ -129,6 +137,7 @@ class TunerConfig:
         s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
         eps: ε > 0, of the published rules.
         max_scale: the largest scale allowed, or ``None``.
+        steps_per_epoch: E > 0, the steps that a pass over the data takes, for the rule ``manic``; ``None``: not known.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -145,6 +154,7 @@ class TunerConfig:
     s_init: float | None = None
     eps: float = 1e-8
     max_scale: float | None = None
+    steps_per_epoch: float | None = None
 
     @property
     def rescaled(self) -> float:
@@ -163,17 +173,15 @@ class TunerConfig:
             object.__setattr__(self, "s_decay", 0.0 if self.rule == "manic" else 1e-2)
         if self.s_init is None and self.rule != "manic":
             object.__setattr__(self, "s_init", 1e-6 if self.rule == "optax" else 1e-8)
-        for name, low in (("s_init", "> 0"), ("eps", "> 0"), ("s_decay", ">= 0"), ("max_scale", "> 0")):
+        ranges = {"s_init": "> 0", "eps": "> 0", "s_decay": ">= 0", "max_scale": "> 0", "steps_per_epoch": "> 0"}
+        for name, low in ranges.items():
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} is {value!r}; expected a finite number {low}.")
             if not math.isfinite(value) or value < 0 or (value == 0 and low == "> 0"):
-                hint = (
-                    " The scale grows from s_init, so it has to start above zero: try 1e-8." if name == "s_init" else ""
-                )
-                raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{hint}")
+                raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{HINTS.get(name, '')}")
             object.__setattr__(self, name, float(value))
 
 
@@ -265,6 +273,19 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
     return config.rule != "manic" or step <= LEARNS
 
 
+def seen(step: Any, config: TunerConfig) -> Any:
+    """e: how often the rows of a step, counted from 1, were seen before; of numbers and tensors as `restarts`.
+
+    Example:
+        >>> [seen(step, TunerConfig(steps_per_epoch=100)) for step in (50, 100, 250)], seen(50, TunerConfig())
+        ([0.0, 0.0, 1.5], 1.0)
+    """
+    if config.steps_per_epoch is None:
+        return 1.0
+    before = step / config.steps_per_epoch - 1
+    return (before + abs(before)) / 2
+
+
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
     """h_t, equation (1), or (1').
 
@@ -295,6 +316,7 @@ def update(
     config: TunerConfig,
     learning: bool | Tensor = True,
     factor: float | Tensor = 1.0,
+    seen: float | Tensor = 1.0,
 ) -> TunerState:
     """One step of the tuner, equations (2) to (6), or (10) to (13) after T. Pure: the arguments are not written.
 
@@ -305,6 +327,7 @@ def update(
         config: gives ε, the rule and the cap.
         learning: from `is_learning`; a tensor is of shape (...).
         factor: f_t, a number or of shape (...).
+        seen: e_t, a number or of shape (...).
 
     Returns:
         s_{t+1} and all else of step t.
@@ -319,10 +342,10 @@ def update(
         True
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
-    f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
+    f, e = (torch.as_tensor(one, dtype=h.dtype, device=h.device).unsqueeze(-1) for one in (factor, seen))
     if not isinstance(learning, Tensor):
-        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, config)
-    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, config), strict=True)
+        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
+    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)
     return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
 
 
@@ -353,7 +376,7 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
 
 
-def _settle(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> TunerState:
+def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor, config: TunerConfig) -> TunerState:
     """(10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
@@ -361,7 +384,7 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> Tun
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
-    z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
+    z = (state.noise + torch.where(q > 0, e * noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
     premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)

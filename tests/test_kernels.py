@@ -243,9 +243,11 @@ def test_the_tuner_in_one_launch() -> None:
     for h, learning in ((0.1, True), (-0.2, True), (-0.3, True), (-0.2, False), (0.1, False)):
         state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, learning)
     factor = torch.tensor(2.0, dtype=torch.float64)
-    for h, learning in product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False))):
+    told = torch.tensor(3.0, dtype=torch.float64)
+    cases = product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False)), (1.0, told))
+    for h, learning, seen in cases:
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning, factor)
+        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning, factor, seen)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         assert torch.equal(want[2].scales, state.scales) == (h != 0.3)

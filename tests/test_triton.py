@@ -507,19 +507,24 @@ def test_code_for_gpus() -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "triton", "fused"])
+@pytest.mark.parametrize("learns", [243, 3])
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_steps_that_the_device_counts(store_delta: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_the_device_counts(
+    store_delta: bool, learns: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Capturing a CUDA graph, every step has to be the same program, and x_ref moves at the same steps all the same."""
+
+    monkeypatch.setattr("manic.tuner.LEARNS", learns)  # after them the scale falls
 
     def run(captured_from: int) -> tuple[Tensor, dict[str, Any], Mechanic]:
         monkeypatch.setenv("MANIC_KERNELS", form)
         params = parameters(torch.float64, gaps=False)
         updater = Updater(AdamW(params, lr=1.0), store_delta=store_delta)
-        mechanic = Mechanic(updater)
+        mechanic = Mechanic(updater, steps_per_epoch=2.5)
         for step in range(1, 11):
             monkeypatch.setattr("manic.mechanic._is_captured", lambda scale, now=step >= captured_from: now)
             for p in params:
-                p.grad = p.detach().clone()
+                p.grad = (p.detach() - step % 2).clone()
             if captured_from <= step:
                 updater._steps = 0  # as in a replay, of which the host sees nothing
             mechanic.step()
@@ -530,6 +535,7 @@ def test_steps_that_the_device_counts(store_delta: bool, form: str, monkeypatch:
     assert relative_difference(got, expected) < 1e-12
     assert state["steps"] == same["steps"] == 10
     assert (mechanic._state.max_product > 0).all()
+    assert (mechanic._state.noise > 1).all() == (learns == 3)
     for ours, theirs in zip(same["displacement"].values(), state["displacement"].values(), strict=True):
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-15)

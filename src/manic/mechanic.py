@@ -175,7 +175,9 @@ class Mechanic:
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, taken + 1
-        if config.steps_per_epoch is not None:  # compiled code would hold a number
+        if (
+            config.steps_per_epoch is not None
+        ):  # a tensor: compiled code would hold a number, and be made anew for every one
             count = torch.zeros_like(scale).add_(count)
         seen = tuner.seen(count, config)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, seen)

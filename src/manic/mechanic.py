@@ -177,7 +177,7 @@ class Mechanic:
         factor, count = self.updater._factor, taken + 1
         if (
             config.steps_per_epoch is not None
-        ):  # a tensor: compiled code would hold a number, and be made anew for every one
+        ):  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(count)
         seen = tuner.seen(count, config)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, seen)

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from manic import Mechanic, Updater
 
+BATCH, CONTEXT = 16, 64
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old one or the new one whole."""
@@ -43,7 +45,7 @@ def main() -> None:
     warmup = LinearLR(optimizer, 0.01, 1.0, options.warmup)
     cosine = CosineAnnealingLR(optimizer, max(1, options.steps - options.warmup))
     updater = Updater(optimizer, SequentialLR(optimizer, [warmup, cosine], [options.warmup]))
-    mechanic = Mechanic(updater)
+    mechanic = Mechanic(updater, steps_per_epoch=len(text) / (BATCH * CONTEXT))
 
     first = 0
     if options.resume and options.checkpoint.exists():
@@ -57,7 +59,7 @@ def main() -> None:
 
     progress = tqdm(range(first, options.steps), initial=first, total=options.steps)
     for step in progress:
-        loss = loss_of(model, sample(text, seed=step, batch=16, context=64))
+        loss = loss_of(model, sample(text, seed=step, batch=BATCH, context=CONTEXT))
         updater.zero_grad()
         loss.backward()
         mechanic.step()
@@ -69,7 +71,7 @@ def main() -> None:
             tqdm.write(f"saved step {step + 1}: loss {float(loss):.4f}, learning rate {updater.get_last_lr()[0]:.3g}")
 
     with torch.no_grad():
-        losses = [loss_of(model, sample(validation, seed=-1 - i, batch=16, context=64)) for i in range(20)]
+        losses = [loss_of(model, sample(validation, seed=-1 - i, batch=BATCH, context=CONTEXT)) for i in range(20)]
     print(f"validation loss {float(torch.stack(losses).mean()):.6f} nats per byte", flush=True)
 
 

@@ -76,7 +76,8 @@ class Oracle:
             if usual > 0:
                 noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
                 if self.steps_per_epoch is not None:  # `steps` are those before this one
-                    noise *= max(0.0, (self.steps + 1) / self.steps_per_epoch - 1)
+                    seen = max(0.0, (self.steps + 1) / self.steps_per_epoch - 1)
+                    noise *= seen if last else min(1.0, seen)
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise

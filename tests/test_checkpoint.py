@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_bits, backward, flat, make_net, relative_difference
+from problems import OPTIMIZERS, assert_same_bits, backward, flat, make_net, relative_difference
 from resume import CASES, M, N, Run, path_of
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
@@ -381,11 +381,41 @@ def test_the_options_come_with_the_state() -> None:
     assert other.state_dict()["param_groups"][0]["mechanic_config"]["rule"] == "optax"
 
 
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+def test_passes_over_the_data_are_counted_on(form: str) -> None:
+    def run(steps_per_epoch: float | None) -> Run:
+        made = Run(form, "sgd_nesterov", "cosine_warmup", True)
+        if form == "drop-in":
+            cls = mechanize(OPTIMIZERS["sgd_nesterov"].cls, steps_per_epoch=steps_per_epoch)
+            made.parts = {"optimizer": cls(made.model.parameters(), lr=0.1, momentum=0.9, nesterov=True)}
+        else:
+            updater = Updater(made.parts["updater"].base_optimizer, made.parts["updater"].lr_scheduler)
+            made.parts = {"updater": updater, "mechanic": Mechanic(updater, steps_per_epoch=steps_per_epoch)}
+        return made
+
+    straight, resumed, unknown = run(20), run(None), run(None)
+    straight.train(0, 260)
+    resumed.load_state_dict(straight.state_dict())
+    for one in (straight, resumed):
+        one.train(260, 280)
+    unknown.train(0, 280)
+    assert relative_difference(flat(straight.model), flat(unknown.model)) > 1e-4
+    assert_same_bits(resumed.state_dict(), straight.state_dict())
+
+
 def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
     model, file = make_net(), io.BytesIO()
     number = np.float64(1e-3)
     updater = Updater(torch.optim.AdamW(model.parameters()), internal_lr=number)
-    mechanic = Mechanic(updater, s_init=number, max_scale=number, s_decay=number, eps=number, betas=np.array([0.9]))
+    mechanic = Mechanic(
+        updater,
+        s_init=number,
+        max_scale=number,
+        s_decay=number,
+        eps=number,
+        steps_per_epoch=number,
+        betas=np.array([0.9]),
+    )
     torch.save([updater.state_dict(), mechanic.state_dict()], file)
     file.seek(0)
     assert torch.load(file, weights_only=True)[1]["config"]["max_scale"] == 1e-3

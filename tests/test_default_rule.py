@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -201,6 +202,19 @@ def test_noise_counts_as_often_as_its_rows_were_seen_before() -> None:
     for step in (2000, 5000):
         counted = sum(t / 1000 - 1 for t in range(1001, step + 1))
         assert told[step - 1] / told[242] == pytest.approx(math.sqrt(81 / (81 + counted)), rel=0.2)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 10])
+def test_the_first_step_of_a_new_displacement_is_no_noise_however_often_rows_were_seen(steps_per_epoch: float) -> None:
+    """It has no h before it to be compared with."""
+    scales = scales_of(3000, lambda step: -float(step < 244 or step % 9 > 0), steps_per_epoch=steps_per_epoch)
+    assert scales[243:] == pytest.approx(2757 * [scales[242]], rel=0.02)
+
+
+def test_rows_that_never_come_again_are_no_noise() -> None:
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    scales = scales_of(1000, lambda step: noise[step - 1], steps_per_epoch=math.inf)
+    assert scales[242:] == [scales[242]] * 758
 
 
 @pytest.mark.parametrize(("signal", "falls"), [(0.7, True), (1.4, False)])
@@ -464,6 +478,26 @@ def error_of_a_noisy_fit(seed: int, *, held_out: bool, steps_per_epoch: float | 
         optimizer.step()
     with torch.no_grad():
         return float((model(unseen) - unseen[:, :1]).square().mean())
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 10])
+def test_no_number_is_copied_to_the_device(steps_per_epoch: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for it."""
+    as_tensor, seen = torch.as_tensor, []
+
+    def guarded(value: Any, **options: Any) -> torch.Tensor:
+        seen.append(type(value))
+        return as_tensor(value, **options)
+
+    updater = Updater(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0))
+    mechanic = Mechanic(updater, steps_per_epoch=steps_per_epoch)
+    monkeypatch.setattr(torch, "as_tensor", guarded)
+    weight = updater._parameters()[0]
+    for _ in range(250):
+        weight.grad = weight.detach().clone()
+        mechanic.step()
+        updater.step()
+    assert set(seen) == {torch.Tensor}
 
 
 @pytest.mark.filterwarnings("ignore::manic.ScaleWarning")  # nothing helps the held-out rows any more

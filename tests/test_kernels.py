@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -243,11 +244,20 @@ def test_the_tuner_in_one_launch() -> None:
     for h, learning in ((0.1, True), (-0.2, True), (-0.3, True), (-0.2, False), (0.1, False)):
         state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, learning)
     factor = torch.tensor(2.0, dtype=torch.float64)
-    told = torch.tensor(3.0, dtype=torch.float64)
-    cases = product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False)), (1.0, told))
-    for h, learning, seen in cases:
+    told = torch.tensor(300.0, dtype=torch.float64)
+    cases = product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False)), (None, told))
+    for h, learning, count in cases:
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (sums, torch.tensor(0.5, dtype=torch.float64), state, betas, config, learning, factor, seen)
+        arguments = (
+            sums,
+            torch.tensor(0.5, dtype=torch.float64),
+            state,
+            betas,
+            replace(config, steps_per_epoch=count and 2.0),
+            learning,
+            factor,
+            count,
+        )
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         assert torch.equal(want[2].scales, state.scales) == (h != 0.3)

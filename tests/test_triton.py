@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -545,10 +546,16 @@ def test_steps_that_the_device_counts(
 @needs_gpu
 def test_no_step_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MANIC_KERNELS", raising=False)
-    for make in (lambda p: AdamW(p, lr=1.0, fused=True), lambda p: SGD(p, lr=1.0)):
+    made = (lambda p: AdamW(p, lr=1.0, fused=True)), (lambda p: SGD(p, lr=1.0))
+    options: list[dict[str, Any]] = [
+        {"rule": "mechanic_pytorch"},
+        {"s_init": 1e-3},
+        {"s_init": 1e-3, "steps_per_epoch": 2},
+    ]
+    for make, option in product(made, options):
         params = parameters(torch.float32, gaps=False)
         updater = Updater(make(params))
-        mechanic = Mechanic(updater, rule="mechanic_pytorch")
+        mechanic = Mechanic(updater, **option)
         for step in range(4):
             for p in params:
                 p.grad = torch.ones_like(p)
@@ -572,7 +579,7 @@ def test_a_step_in_a_cuda_graph(store_delta: bool, rule: str, monkeypatch: pytes
         weight = nn.Parameter(torch.randn(1000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
         updater = Updater(AdamW([weight], lr=1.0, fused=True), store_delta=store_delta)
-        mechanic = Mechanic(updater, rule=rule, s_init=None if rule == "manic" else 1e-3)
+        mechanic = Mechanic(updater, rule=rule, s_init=None if rule == "manic" else 1e-3, steps_per_epoch=2)
 
         def step() -> None:
             weight.grad.copy_(weight.detach())

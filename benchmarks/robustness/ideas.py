@@ -443,7 +443,9 @@ class Tuner:
                     self.most = usual = torch.maximum(self.most, usual)
             noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
             e = self.count / self.steps_per_epoch
-            self.late = (self.late + SEEN[idea.seen](e) * torch.where(usual > 0, noise, 0)).clamp(min=0)
+            seen = torch.full_like(h, SEEN[idea.seen](e))
+            seen = torch.where(before == 0, seen.clamp(max=1), seen)
+            self.late = (self.late + seen * torch.where(usual > 0, noise, 0)).clamp(min=0)
             late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
             left = (idea.counts / late) ** (e / (1 + e) if idea.passes else idea.power)
             if idea.shared:

@@ -39,7 +39,7 @@ class Mechanic:
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps a pass over the data takes, ``len(loader)`` as a rule, for the rule ``"manic"``.
             From step 244 on the scale then falls the more by the noise of gradients the more often their rows were
-            seen before, and not at all in the first pass. ``None``: not known.
+            seen before, and not at all in the first pass. ``math.inf``: no row comes twice. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.
@@ -174,13 +174,10 @@ class Mechanic:
         taken = self.updater._taken if _is_captured(scale) else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        factor, count = self.updater._factor, taken + 1
-        if (
-            config.steps_per_epoch is not None
-        ):  # as a tensor: compiled code would hold a number
-            count = torch.zeros_like(scale).add_(count)
-        seen = tuner.seen(count, config)
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, seen)
+        factor, count = self.updater._factor, None
+        if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
+            count = torch.zeros_like(scale).add_(taken + 1)
+        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -308,12 +305,12 @@ def _tune(
     config: TunerConfig,
     learning: bool | Tensor,
     factor: Tensor,
-    seen: float | Tensor,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning, factor, seen)
+    after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

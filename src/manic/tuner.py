@@ -43,7 +43,8 @@ h       ``h``            (...)      inner product of the displacement Δ with th
 s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
-e       ``seen``         (...)      how often the rows of a step were seen before: t/E - 1, or 0; 1 if not known
+e       ``seen``         (...)      how often the rows of a step were seen before, about: t/E - 1, or 0; 1 if not
+                                    known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has
 T       ``LEARNS``       number     the steps that the tuner learns for
@@ -85,16 +86,16 @@ What each rule does that the paper as printed does not:
     the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
     elsewhere s stays, (11) and (13). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
     whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
-    steps even if gradients grow or vanish over a run; one outlier counts as 81 at most. Signal is taken for 9 a at
+    steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13).
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
-    counts in z as often as its rows were seen before, if the steps E of a pass over the data are given: s stays in the
-    first pass, and falls as 1/t in many. If they are not, every step counts once.
+    counts in z about as often as its rows were seen before, if the steps E of a pass over the data are given: s does
+    not fall in the first pass, and as 1/t in many. If they are not, every step counts once.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
     gradients are signal, the rate stays as it was learned until the schedule has fallen to a third (12); where they
-    are noise, and longer steps would not be made up for, the schedule counts in full.
+    are noise that counts in z, and longer steps would not be made up for, the schedule counts in full.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -121,7 +122,7 @@ SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # the rate stays until the schedule has fallen to a third, where h is signal
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
-    "steps_per_epoch": " It is how many steps a pass over the data takes: len(loader), or None if there is no saying.",
+    "steps_per_epoch": " It is how many steps a pass takes, as in len(loader); math.inf if no row ever comes again.",
 }
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
@@ -137,7 +138,8 @@ class TunerConfig:
         s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
         eps: ε > 0, of the published rules.
         max_scale: the largest scale allowed, or ``None``.
-        steps_per_epoch: E > 0, the steps that a pass over the data takes, for the rule ``manic``; ``None``: not known.
+        steps_per_epoch: E > 0, the steps that a pass over the data takes, for the rule ``manic``; infinite if no row
+            comes twice, ``None`` if it is not known.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -180,7 +182,8 @@ class TunerConfig:
                 continue
             if not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} is {value!r}; expected a finite number {low}.")
-            if not math.isfinite(value) or value < 0 or (value == 0 and low == "> 0"):
+            endless = name == "steps_per_epoch" and value == math.inf
+            if not (math.isfinite(value) or endless) or value < 0 or (value == 0 and low == "> 0"):
                 raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{HINTS.get(name, '')}")
             object.__setattr__(self, name, float(value))
 
@@ -274,7 +277,7 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
 
 
 def seen(step: Any, config: TunerConfig) -> Any:
-    """e: how often the rows of a step, counted from 1, were seen before; of numbers and tensors as `restarts`.
+    """e: how often the rows of a step, counted from 1, were seen before, about; of numbers and tensors as `restarts`.
 
     Example:
         >>> [seen(step, TunerConfig(steps_per_epoch=100)) for step in (50, 100, 250)], seen(50, TunerConfig())
@@ -342,7 +345,8 @@ def update(
         True
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
-    f, e = (torch.as_tensor(one, dtype=h.dtype, device=h.device).unsqueeze(-1) for one in (factor, seen))
+    f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
+    e = seen.to(h.dtype).unsqueeze(-1) if isinstance(seen, Tensor) else torch.full_like(h, seen)  # nothing is copied
     if not isinstance(learning, Tensor):
         return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
     both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)
@@ -384,6 +388,7 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor, config: TunerCon
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
+    e = torch.where(state.last == 0, e.clamp(max=1), e)
     z = (state.noise + torch.where(q > 0, e * noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
     premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)

@@ -120,11 +120,11 @@ LEARNS = 3**5  # T
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # the rate stays until the schedule has fallen to a third, where h is signal
+UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
     "steps_per_epoch": " It is how many steps a pass takes, as in len(loader); math.inf if no row ever comes again.",
 }
-UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +346,7 @@ def update(
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
-    e = seen.to(h.dtype).unsqueeze(-1) if isinstance(seen, Tensor) else torch.full_like(h, seen)  # nothing is copied
+    e = seen.to(h.dtype).unsqueeze(-1) if isinstance(seen, Tensor) else torch.full_like(h, seen)
     if not isinstance(learning, Tensor):
         return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
     both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)

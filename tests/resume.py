@@ -23,10 +23,12 @@ def path_of(folder: Path, case: tuple[Any, ...]) -> Path:
 class Run:
     """A model with either form of the tuner, and the recipe to save and load it."""
 
-    def __init__(self, form: str, optimizer: str, scheduler: str, store_delta: bool, *, seed: int = 0) -> None:
+    def __init__(
+        self, form: str, optimizer: str, scheduler: str, store_delta: bool, *, seed: int = 0, **options: Any
+    ) -> None:
         self.model: Net = make_net(seed)
         base = OPTIMIZERS[optimizer]
-        options = {"s_init": 1e-3}
+        options = {"s_init": 1e-3, **options}
         if form == "drop-in":
             make = mechanize(base.cls, store_delta=store_delta, **options)
             self.parts: dict[str, Any] = {"optimizer": make(self.model.parameters(), lr=0.1, **base.options)}

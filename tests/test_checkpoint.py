@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import OPTIMIZERS, assert_same_bits, backward, flat, make_net, relative_difference
+from problems import assert_same_bits, backward, flat, make_net, relative_difference
 from resume import CASES, M, N, Run, path_of
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
@@ -383,17 +383,8 @@ def test_the_options_come_with_the_state() -> None:
 
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])
 def test_passes_over_the_data_are_counted_on(form: str) -> None:
-    def run(steps_per_epoch: float | None) -> Run:
-        made = Run(form, "sgd_nesterov", "cosine_warmup", True)
-        if form == "drop-in":
-            cls = mechanize(OPTIMIZERS["sgd_nesterov"].cls, steps_per_epoch=steps_per_epoch)
-            made.parts = {"optimizer": cls(made.model.parameters(), lr=0.1, momentum=0.9, nesterov=True)}
-        else:
-            updater = Updater(made.parts["updater"].base_optimizer, made.parts["updater"].lr_scheduler)
-            made.parts = {"updater": updater, "mechanic": Mechanic(updater, steps_per_epoch=steps_per_epoch)}
-        return made
-
-    straight, resumed, unknown = run(20), run(None), run(None)
+    case = form, "sgd_nesterov", "cosine_warmup", True
+    straight, resumed, unknown = Run(*case, steps_per_epoch=20), Run(*case), Run(*case)
     straight.train(0, 260)
     resumed.load_state_dict(straight.state_dict())
     for one in (straight, resumed):

@@ -174,8 +174,8 @@ NO_BETS = replace(TRIPLING, learns=243, then="mean")
 LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
-TOLD = Idea(seen="before")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
+TOLD = Idea(seen="before")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),

@@ -25,8 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from manic import Mechanic, Updater, tuner
 
-START, BASE = "start", "base"
-EPOCH, HELD_OUT = "manic, epoch given", "manic, held-out rows"
+START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
@@ -175,7 +174,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "manic": Method(manic, "manic", tuple(GRIDS)),
-    EPOCH: Method(manic_told, "manic", tuple(GRIDS)),
+    "manic, epoch given": Method(manic_told, "manic", tuple(GRIDS)),
     HELD_OUT: Method(manic_told, "manic", tuple(GRIDS)),
     "optax rule": Method(lambda parameters, run: manic(parameters, run, rule="optax"), "manic", tuple(GRIDS)),
     "mechanic-pytorch": Method(mechanic_pytorch, "mechanic_pytorch", tuple(GRIDS)),

@@ -279,12 +279,15 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
 def seen(step: Any, config: TunerConfig) -> Any:
     """e: how often the rows of a step, counted from 1, were seen before, about; of numbers and tensors as `restarts`.
 
+    Returns:
+        ``None`` if the steps of a pass are not known.
+
     Example:
         >>> [seen(step, TunerConfig(steps_per_epoch=100)) for step in (50, 100, 250)], seen(50, TunerConfig())
-        ([0.0, 0.0, 1.5], 1.0)
+        ([0.0, 0.0, 1.5], None)
     """
     if config.steps_per_epoch is None:
-        return 1.0
+        return None
     before = step / config.steps_per_epoch - 1
     return (before + abs(before)) / 2
 
@@ -319,7 +322,7 @@ def update(
     config: TunerConfig,
     learning: bool | Tensor = True,
     factor: float | Tensor = 1.0,
-    seen: float | Tensor = 1.0,
+    seen: Tensor | None = None,
 ) -> TunerState:
     """One step of the tuner, equations (2) to (6), or (10) to (13) after T. Pure: the arguments are not written.
 
@@ -330,7 +333,7 @@ def update(
         config: gives ε, the rule and the cap.
         learning: from `is_learning`; a tensor is of shape (...).
         factor: f_t, a number or of shape (...).
-        seen: e_t, a number or of shape (...).
+        seen: e_t, of shape (...), or ``None`` where it is 1.
 
     Returns:
         s_{t+1} and all else of step t.
@@ -346,7 +349,7 @@ def update(
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
-    e = seen.to(h.dtype).unsqueeze(-1) if isinstance(seen, Tensor) else torch.full_like(h, seen)
+    e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
     if not isinstance(learning, Tensor):
         return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
     both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)
@@ -380,7 +383,7 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
 
 
-def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor, config: TunerConfig) -> TunerState:
+def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: TunerConfig) -> TunerState:
     """(10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
@@ -388,8 +391,9 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor, config: TunerCon
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
-    e = torch.where(state.last == 0, e.clamp(max=1), e)
-    z = (state.noise + torch.where(q > 0, e * noise, 0)).clamp(min=0)  # (11)
+    if e is not None:
+        noise = torch.where(state.last == 0, e.clamp(max=1), e) * noise
+    z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
     premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)

@@ -36,7 +36,7 @@ class Oracle:
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
-        self.peak = self.noise = self.last = 0.0
+        self.peak = self.top = self.noise = self.last = 0.0
         self.premium = 1.0
         self.late: list[tuple[float, float]] = []
 
@@ -67,7 +67,7 @@ class Oracle:
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
         if self.rule == "manic" and self.steps >= 243:  # before this step
-            before, self.peak = self.peak, max(self.peak, factor)
+            before, self.peak, self.top = self.peak, max(self.peak, factor), max(self.top, factor)
             fall, last, self.last = before / self.peak, self.last, h / self.peak
             self.late.append((h, factor))
             weights = [(80 / 81) ** age for age in reversed(range(len(self.late)))]
@@ -82,10 +82,11 @@ class Oracle:
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
             fall /= self.premium
-            self.premium = (min(3.0, self.peak / factor) if factor else 3.0) ** (81 / (81 + self.noise))
+            rise = min(3.0, self.top / factor) if factor else 3.0 if self.top else 1.0
+            self.premium = rise ** (81 / (81 + self.noise))
             self.s = [s * fall * self.premium for s in self.s]
             return
-        self.peak = max(self.peak, factor)
+        self.peak, self.top = max(self.peak, factor), factor
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

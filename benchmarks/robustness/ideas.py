@@ -36,13 +36,18 @@ SEEDS, STEPS = [0, 1, 2], 500
 SCORED = {"valid": "the validation loss at the end", "best": "the lowest validation loss on the way"}
 
 
-SEEN: dict[str, Callable[[float], float]] = {
+OF_PASSES: dict[str, Callable[[float], float]] = {
     "once": lambda e: 1.0,
     "before": lambda e: max(0.0, e - 1),
     "so far": lambda e: e,
     "root": math.sqrt,
+    "root of before": lambda e: math.sqrt(max(0.0, e - 1)),
+    "to one": lambda e: min(e, 1.0),
+    "to one in five": lambda e: min(e / 5, 1.0),
     "to ten": lambda e: min(e, 10.0),
     "to thirty": lambda e: min(e, 30.0),
+    "e/(1 + e)": lambda e: e / (1 + e),
+    "1 - 1/e": lambda e: 1 - 1 / max(1.0, e),
 }
 
 
@@ -60,14 +65,16 @@ class Idea:
         restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
+        wins: bets that are won count half once the rows have been seen so many times before, and less and less.
         forgiving: and that times the schedule's factor, beside its highest, to this power.
         bounces: and that less this much of the share of h² that was signal in some ten steps.
         settle: the scale does not rise once the schedule's factor is below this share of its highest.
+        settles: the scale does not rise after so many passes, and 81 steps.
         ceiling: once x_ref has moved after step 81, the scale stays below so many times its largest between the last
             two moves; 0: there is none.
         forget: move by x + s u, and measure h with a displacement that decays by this factor.
         s_decay: λ.
-        rising: it is that times the number of passes over the data so far, and no more than that; 0 after T.
+        charged: a key of `OF_PASSES`: what λ is times, by the number of passes over the data so far; it is 0 after T.
         published_decay: the λ term has the scale in it.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
         rescaled: α, how much of a change of the scale moves x along Δ.
@@ -81,6 +88,7 @@ class Idea:
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
+        learns_passes: T is so many passes, but neither less than 81 nor more than ``learns`` steps.
         then: what that is. ``"noise"``: (10) to (13); ``"sum"``: the scale falls as one over the root of the sum of h²
             since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
             largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
@@ -95,9 +103,10 @@ class Idea:
         evens: what h is divided by the schedule's factor for: what is usual (``"gauge"``), ``"all"`` after T up to the
             highest before it, or ``"nothing"``; all but the first is for the ``"first"``.
         holds: after T, the scale falls by as much as the schedule's factor rises above its highest.
-        seen: a key of `SEEN`: what a step counts for in (11), by how often its rows have been seen.
-        passes: the fall is to the power of e/(1 + e), with e that number, in place of ``power``.
+        seen: a key of `OF_PASSES`: what a step counts for in (11).
+        passes: a key of `OF_PASSES`: the power of the fall, in place of ``power``.
         premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
+        beside: that fall is counted from the schedule's highest factor from step T on (``"T"``), or ever (``"start"``).
         gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
@@ -121,13 +130,15 @@ class Idea:
     restart: bool = False
     clip: bool = True
     losses: float = 1.0
+    wins: float = math.inf
     forgiving: float = 0.0
     bounces: float = 0.0
     settle: float = 0.0
+    settles: float = math.inf
     ceiling: float = 0.0
     forget: float | None = None
     s_decay: float = 0.0
-    rising: bool = False
+    charged: str = ""
     published_decay: bool = False
     delay: float = 0.0
     rescaled: float = tuner.RESCALED
@@ -140,6 +151,7 @@ class Idea:
     until: float = 1.0
     fall: float = 0.0
     learns: float = tuner.LEARNS
+    learns_passes: float = math.inf
     then: str = "noise"
     usual: str = "recent"
     gauges: int = tuner.USUAL
@@ -149,8 +161,9 @@ class Idea:
     evens: str = "gauge"
     holds: bool = True
     seen: str = "once"
-    passes: bool = False
+    passes: str = ""
     premium: float = tuner.PREMIUM
+    beside: str = "T"
     gate: float = 1.0
     signal: float = 2.0
     unusual: float = tuner.UNUSUAL
@@ -175,7 +188,8 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-TOLD = Idea(seen="before")
+PREMIUM = Idea(beside="start")
+TOLD = replace(PREMIUM, seen="before")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -295,26 +309,35 @@ IDEAS = {
     "…, losses count as much as the schedule": replace(NOISE, forgiving=1.0),
     "…, losses count as its square": replace(NOISE, forgiving=2.0),
     "…, losses count half where h is signal": replace(NOISE, bounces=0.5),
-    "…, a premium of 1.5": replace(NOISE, premium=1.5, gate=0.0),
-    "…, a premium of 2": replace(NOISE, premium=2.0, gate=0.0),
-    "…, a premium of 3": replace(NOISE, premium=3.0, gate=0.0),
-    "**…, a premium of 3 where h is signal: the default**": Idea(),
-    "…, a premium of 1.5 where h is signal": Idea(premium=1.5),
-    "…, a premium of 2 where h is signal": Idea(premium=2.0),
-    "…, a premium of 4 where h is signal": Idea(premium=4.0),
-    "…, a premium of 2 where h is signal, to the power of c²": Idea(premium=2.0, gate=2.0),
-    "…, a premium of 3 where h is signal, to the power of c²": Idea(gate=2.0),
-    "…, a premium of 4 where h is signal, to the power of c²": Idea(premium=4.0, gate=2.0),
+    "…, a premium of 1.5": replace(PREMIUM, premium=1.5, gate=0.0),
+    "…, a premium of 2": replace(PREMIUM, premium=2.0, gate=0.0),
+    "…, a premium of 3": replace(PREMIUM, premium=3.0, gate=0.0),
+    "**…, a premium of 3 where h is signal**": PREMIUM,
+    "**…, that from T on: the default**": Idea(),
+    "…, a premium of 1.5 where h is signal": replace(PREMIUM, premium=1.5),
+    "…, a premium of 2 where h is signal": replace(PREMIUM, premium=2.0),
+    "…, a premium of 4 where h is signal": replace(PREMIUM, premium=4.0),
+    "…, a premium of 2 where h is signal, to the power of c²": replace(PREMIUM, premium=2.0, gate=2.0),
+    "…, a premium of 3 where h is signal, to the power of c²": replace(PREMIUM, gate=2.0),
+    "…, a premium of 4 where h is signal, to the power of c²": replace(PREMIUM, premium=4.0, gate=2.0),
     "with the epoch given": TOLD,
+    "with the epoch given, the premium from T on": replace(TOLD, beside="T"),
     "with the epoch given, this pass counts too": replace(TOLD, seen="so far"),
     "with the epoch given, the root of the passes": replace(TOLD, seen="root"),
     "with the epoch given, ten passes at most": replace(TOLD, seen="to ten"),
     "with the epoch given, thirty passes at most": replace(TOLD, seen="to thirty"),
-    "with the epoch given, to the power of e/(1 + e)": replace(TOLD, seen="once", passes=True),
+    "with the epoch given, the root of max(0, e − 1)": replace(TOLD, seen="root of before"),
+    "with the epoch given, to the power of e/(1 + e)": replace(TOLD, seen="once", passes="e/(1 + e)"),
+    "with the epoch given, to the power of 1 − 1/e": replace(TOLD, seen="once", passes="1 - 1/e"),
     "with the epoch given, a premium of 3 throughout": replace(TOLD, gate=0.0),
     "with the epoch given, the schedule's decay counted": replace(TOLD, shared=True),
-    "with the epoch given, λ = 0.005 from the first pass on": replace(TOLD, s_decay=0.005, rising=True),
-    "with the epoch given, λ = 0.01 from the first pass on": replace(TOLD, s_decay=0.01, rising=True),
+    "with the epoch given, λ = 0.005 from the first pass on": replace(TOLD, s_decay=0.005, charged="to one"),
+    "with the epoch given, λ = 0.01 from the first pass on": replace(TOLD, s_decay=0.01, charged="to one"),
+    "with the epoch given, λ = 0.01 from the fifth on": replace(TOLD, s_decay=0.01, charged="to one in five"),
+    "with the epoch given, λ = 0.01 (1 − 1/e)": replace(TOLD, s_decay=0.01, charged="1 - 1/e"),
+    "with the epoch given, wins count half after ten": replace(TOLD, wins=10.0),
+    "with the epoch given, T after nine": replace(TOLD, learns_passes=9.0),
+    "with the epoch given, no rise after nine": replace(TOLD, settles=9.0),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -333,8 +356,11 @@ class Tuner:
     """The state of one idea: scales for every seed and group of tensors."""
 
     def __init__(self, idea: Idea, stack: Stack) -> None:
-        self.idea = idea
         self.steps_per_epoch = stack.task.steps_per_epoch
+        if idea.learns_passes < math.inf:
+            passes = round(idea.learns_passes * self.steps_per_epoch)
+            idea = replace(idea, learns=min(max(81, passes), idea.learns))
+        self.idea = idea
         self.betas = torch.tensor(idea.betas, dtype=torch.float64)
         self.n = len(idea.betas)
         self.counts = torch.tensor([shape.numel() for shape in stack.shapes.values()])
@@ -352,7 +378,7 @@ class Tuner:
         self.mean = self.mean_square = self.before = self.alike = self.square = torch.zeros_like(self.start)
         self.gauge = self.late = self.most = self.before
         self.count = 0
-        self.highest = self.peak = self.level = self.recent = 0.0
+        self.highest = self.peak = self.top = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
 
@@ -371,8 +397,9 @@ class Tuner:
         h = self.product(delta, g)
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
-            if idea.rising:
-                weight *= min(1.0, (self.count + 1) / self.steps_per_epoch) * (self.count < idea.learns)
+            if idea.charged:
+                e = (self.count + 1) / self.steps_per_epoch
+                weight *= OF_PASSES[idea.charged](e) * (self.count < idea.learns)
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:
@@ -395,6 +422,8 @@ class Tuner:
         self.count += 1
         rises, self.highest = part > self.highest, max(self.highest, part)
         self.peak = self.highest if self.count <= idea.learns else self.peak
+        self.top = max(part, self.top if self.count > idea.learns else 0.0)
+        e = self.count / self.steps_per_epoch
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
             fall = held * self.fall(h, before, part, held)
@@ -405,13 +434,14 @@ class Tuner:
         self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
         signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
         losses = idea.losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
-        bet = torch.where(bet > 0, losses * bet, bet)
+        bet = torch.where(bet > 0, losses * bet, bet / (1 + max(0.0, e - 1) / idea.wins))
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
         scale = self.s.sum(-1)
-        limit = self.scale if part < idea.settle * self.highest else self.limit
+        settled = part < idea.settle * self.highest or (self.count > 81 and e > idea.settles)
+        limit = self.scale if settled else self.limit
         self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
         self.scale = torch.minimum(scale, limit)
         self.largest = torch.maximum(self.largest, self.scale)
@@ -421,7 +451,9 @@ class Tuner:
         """π of (12)."""
         idea = self.idea
         signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
-        return (min(self.highest / part, idea.premium) if part > 0 else idea.premium) ** signal
+        top = self.top if idea.beside == "T" else self.highest
+        rise = top / part if part > 0 else math.inf if top > 0 else 1.0
+        return min(rise, idea.premium) ** signal
 
     def fall(self, h: Tensor, before: Tensor, part: float, held: float) -> Tensor:
         """What of the scale is left after T, from h, the one before, the schedule's factor, and what is done to it."""
@@ -443,11 +475,11 @@ class Tuner:
                     self.most = usual = torch.maximum(self.most, usual)
             noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
             e = self.count / self.steps_per_epoch
-            seen = torch.full_like(h, SEEN[idea.seen](e))
+            seen = torch.full_like(h, OF_PASSES[idea.seen](e))
             seen = torch.where(before == 0, seen.clamp(max=1), seen)
             self.late = (self.late + seen * torch.where(usual > 0, noise, 0)).clamp(min=0)
             late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
-            left = (idea.counts / late) ** (e / (1 + e) if idea.passes else idea.power)
+            left = (idea.counts / late) ** (OF_PASSES[idea.passes](e) if idea.passes else idea.power)
             if idea.shared:
                 premium = self.premium(part)
                 left = torch.minimum(left * (self.highest / part if part > 0 else math.inf), premium) / premium

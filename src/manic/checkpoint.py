@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from manic.displacement import wide
 
-STATE_VERSION = 10
+STATE_VERSION = 11
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
                          - 2 min(k_t k_{t-1}/a_t, 3²)))     (11)
-    π_t = min(F_t/f_t, 3) to the power of c_t               (12)
+    π_t = min(G_t/f_t, 3) to the power of c_t               (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
 ======  ===============  =========  =============================================================
@@ -35,6 +35,7 @@ v       ``sum_squares``  (..., n)   decayed sum of h²
 q       ``power``        (..., n)   decayed sum of h² since T; a is what h² usually is where f is 1
 p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
+G       ``top``          (..., n)   the highest f from step T on
 z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts e (f/F)²
 π       ``premium``      (..., n)   how much of the schedule's decay s makes up for
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
@@ -94,8 +95,9 @@ What each rule does that the paper as printed does not:
     not fall in the first pass, and as 1/t in many. If they are not, every step counts once.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
-    gradients are signal, the rate stays as it was learned until the schedule has fallen to a third (12); where they
-    are noise that counts in z, and longer steps would not be made up for, the schedule counts in full.
+    gradients are signal, the rate stays as it was learned until the schedule has fallen to a third of what it was at
+    T (12); where they are noise that counts in z, and longer steps would not be made up for, the schedule counts in
+    full. A rate above the one of step T would be one that nothing has been learned of: plain SGD does not survive it.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -199,6 +201,7 @@ class TunerState(NamedTuple):
     power: Tensor
     level: Tensor
     peak: Tensor
+    top: Tensor
     noise: Tensor
     premium: Tensor
     last: Tensor
@@ -357,7 +360,7 @@ def update(
 
 
 def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
-    """(2) to (6), and F."""
+    """(2) to (6), F and G."""
     s, r, m, v, start, *_ = state
     bet = h
     if config.rule in ("optax", "manic"):
@@ -380,14 +383,15 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
     peak = torch.maximum(state.peak, f)
-    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak)
+    top = f.expand_as(peak)
+    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak, top=top)
 
 
 def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: TunerConfig) -> TunerState:
     """(10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
-    peak = torch.maximum(state.peak, f)
+    peak, top = torch.maximum(state.peak, f), torch.maximum(state.top, f)
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
@@ -395,12 +399,12 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
         noise = torch.where(state.last == 0, e.clamp(max=1), e) * noise
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
-    premium = torch.where(peak > 0, peak / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
+    premium = torch.where(top > 0, top / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
     s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
-    return state._replace(scales=s * premium, power=q, level=p, peak=peak, noise=z, premium=premium, last=k)
+    return TunerState(s * premium, *state[1:5], q, p, peak, top, z, premium, k)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

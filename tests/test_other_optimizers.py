@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import backward, flat, make_net
 from torch import Tensor, nn
 
-from manic import Updater, mechanize
+from manic import Mechanic, Updater, mechanize
 
 PAGE = Path(__file__).parents[1] / "docs" / "optimizers.md"
 PACKAGES = ("torch.optim", "pytorch_optimizer", "timm.optim", "torchao.optim", "schedulefree")
@@ -149,3 +150,32 @@ def test_an_optimizer_with_two_sets_of_weights_is_refused() -> None:
         mechanize(schedulefree.AdamWScheduleFree)
     with pytest.raises(TypeError, match="AdamWScheduleFree, which keeps two sets of weights"):
         Updater(schedulefree.AdamWScheduleFree([weight], lr=1.0))
+
+
+class Rebinding(torch.optim.Optimizer):
+    """Puts its parameters into new memory, as examples in textbooks do."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_an_optimizer_that_does_not_write_in_place_is_refused(store_delta: bool) -> None:
+    """It would train at the rate given, out of the scale's reach."""
+    model = make_net()
+    updater = Updater(Rebinding(model.parameters(), lr=1.0), store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    before = flat(model)
+    for _ in range(2):
+        backward(model, 0)
+        mechanic.step()
+        with pytest.raises(TypeError, match=r"p\.data\.copy_"):
+            updater.step()
+        assert torch.equal(flat(model), before)

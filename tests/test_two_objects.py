@@ -13,6 +13,7 @@ from problems import (
     OPTIMIZERS,
     SCHEDULERS,
     Net,
+    assert_same_bits,
     backward,
     batch,
     failing_step,
@@ -490,6 +491,92 @@ def test_closure() -> None:
 
         assert torch.equal(updater.step(closure), expected)
     assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(30))
+    before, state = flat(model), copy.deepcopy(updater.base_optimizer.state_dict())
+
+    def closure() -> torch.Tensor:
+        loss = backward(model, 30)
+        assert model.gain.grad is not None
+        model.gain.grad.fill_(math.nan)
+        return loss
+
+    backward(model, 30)
+    mechanic.step()
+    assert updater.step(closure) is None
+    assert torch.equal(flat(model), before)
+    assert_same_bits(updater.base_optimizer.state_dict(), state)
+    train(model, updater, mechanic, range(30, 40))
+    assert 0 < relative_difference(flat(model), before) < 1
+
+    updater.nonfinite = "raise"
+    before = flat(model)
+    backward(model, 40)
+    mechanic.step()
+    with pytest.raises(FloatingPointError, match="after the closure"):
+        updater.step(closure)
+    assert torch.equal(flat(model), before)
+
+
+def test_where_a_bad_gradient_is_refused_no_step_is_pending() -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    updater.nonfinite = "raise"
+    train(model, updater, mechanic, range(30))
+    before, state = flat(model), mechanic.state_dict()
+    backward(model, 30)
+    mechanic.step()
+    assert model.gain.grad is not None
+    model.gain.grad.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="At step 31"):
+        mechanic.step(tune=False)
+    with pytest.raises(RuntimeError, match=r"without a mechanic.step\(\)"):
+        updater.step()
+    assert torch.equal(flat(model), before)
+    assert_same_bits(mechanic.state_dict(), state)
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_what_others_do_between_the_two_calls_is_kept(store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(30))
+    before = flat(model)
+    backward(model, 30)
+    mechanic.step()
+    with torch.no_grad():
+        model.gain.fill_(5.0)
+    updater.step()
+    moved = flat(model)
+    assert float(model.gain.detach()) == pytest.approx(5, abs=0.1)
+    assert 0 < (moved - before).abs().sort().values[-2] < 0.1
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_the_displacement_of_a_frozen_layer_restarts_with_the_others(store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(20))
+    slot = updater.displacement.slots[model.out.weight]
+    model.out.weight.requires_grad_(False)
+    model.out.weight.grad = None
+
+    def delta() -> float:
+        return float((slot.x() - slot.reference).norm() if slot.delta is None else slot.delta.norm())
+
+    train(model, updater, mechanic, range(20, 26))
+    assert delta() > 0
+    train(model, updater, mechanic, range(26, 28))  # Δ restarts after step 27
+    assert delta() == 0
+    before = flat(model)
+    model.out.weight.requires_grad_(True)
+    train(model, updater, mechanic, range(28, 30))
+    assert 0 < relative_difference(flat(model), before) < 1
 
 
 @pytest.mark.parametrize("store_delta", [True, False])

@@ -65,7 +65,11 @@ class Slot:
 
     def is_changed(self) -> bool:
         """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""
-        return self._version != version(self.parameter) or self.address != local(self.parameter).data_ptr()
+        return self._version != version(self.parameter) or self.is_moved()
+
+    def is_moved(self) -> bool:
+        """Whether the parameter is in other memory than at `stamp`."""
+        return self.address != local(self.parameter).data_ptr()
 
     def keep_change(self, scale: Tensor, rescaled: float) -> bool:
         """Take the parameter as others have left it, or as the scale has left it behind while it was away.
@@ -100,6 +104,12 @@ class Slot:
         if self.delta is not None:
             x = self.x().to(self.reference.device)
             plain.keep_change(x, self.reference, self.delta, scale.to(x.device), 0.0)
+
+    def restart(self) -> None:
+        """While the parameter is away: Δ starts again from zero."""
+        self.reference.copy_(self.x())
+        if self.delta is not None:
+            self.delta.zero_()
 
     def x(self) -> Tensor:
         """The parameter as 1-d: its own memory, or a copy where that has gaps."""
@@ -230,6 +240,13 @@ class Part:
                 if not view:
                     slot.write(part)
 
+    def put_back(self, x: Tensor) -> None:
+        """The same, also to parameters that are in other memory by now."""
+        self.put(x)
+        for part, slot in zip(x.split(self._sizes), self._slots, strict=True):
+            if slot.is_moved():
+                slot.write(part)
+
 
 class Bucket:
     """A few parts that the passes treat in one call.
@@ -276,9 +293,9 @@ class Bucket:
         """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
         for i, part in enumerate(self._parts):
             if part.delta is not None:
-                part.put(point(part.reference, part.delta, scale.to(part.reference.device)))
+                part.put_back(point(part.reference, part.delta, scale.to(part.reference.device)))
             elif before is not None:
-                part.put(before[i])
+                part.put_back(before[i])
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
@@ -441,6 +458,13 @@ class Displacement:
                 bucket.forget()
         return lost
 
+    def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> None:
+        """Do so once more if anything was changed since."""
+        if any(slot.is_changed() for slot in self._active):
+            joined = self.joined
+            self.refresh(parameters, scale)
+            self.joined |= joined
+
     def sums(self, scale: Tensor, *, complete: bool = True) -> Sums:
         """The four sums over the parameters that take part, on all ranks that they are spread over.
 
@@ -475,6 +499,21 @@ class Displacement:
         for i, bucket in enumerate(self._buckets):
             bucket.restore(None if before is None else before[i], (self.rescaled * scale).to(bucket.device))
         self._stamp()
+
+    def check_memory(self) -> None:
+        """Raise TypeError if a base step has put a parameter into other memory, where the move does not reach it."""
+        if any(slot.is_moved() for slot in self._active):
+            raise TypeError(
+                "The optimizer's step put a parameter into new memory, as p.data = p.data - lr * p.grad does; expected "
+                "one that writes in place. Have it do p.data.copy_(p.data - lr * p.grad). Nothing was changed."
+            )
+
+    def restart_away(self) -> None:
+        """Have Δ start again from zero for the parameters that do not take part."""
+        if len(self._active) < len(self.slots):
+            for slot in self.slots.values():
+                if slot.away:
+                    slot.restart()
 
     def move(
         self,

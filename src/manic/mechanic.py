@@ -181,9 +181,11 @@ class Mechanic:
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
+            self._steps, self.updater._pending = step - 1, False
+            torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
-                f"At step {self._steps} the gradient's norm is {float(norm)} and h is {float(h)}; "
+                f"At step {step} the gradient's norm is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore

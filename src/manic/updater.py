@@ -234,6 +234,45 @@ class Updater:
         Raises:
             RuntimeError: there was no ``mechanic.step()`` before.
         """
+        self._check_pending()
+        with torch.no_grad():
+            self.displacement.keep_changes(self._parameters(), self._scale)
+        one_pass = self._plan_one_pass() if closure is None else None
+        on_device = self._base_can_skip(one_pass is not None)
+        if self.nonfinite == "skip" and not on_device and not bool(self._finite):
+            return self._skip()
+
+        restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
+        with torch.no_grad():
+            before = self.displacement.begin() if one_pass is None else None
+        try:
+            with self._internal_rates(), self._found_inf(on_device), self._held_hooks():
+                if one_pass is not None:
+                    loss = one_pass(self._scale, self._next_scale, self._finite, restart)
+                else:
+                    loss = self._stepped.step() if closure is None else self._stepped.step(self._checked(closure))
+            with torch.no_grad():
+                if one_pass is None:
+                    self._move(before, self._finite if on_device else None, restart)
+                self._scale.copy_(self._next_scale)
+                self._steps += 1
+                self._taken += self._finite
+                if self._restart is True:
+                    self.displacement.restart_away()
+        except BaseException as error:
+            with torch.no_grad():
+                self.displacement.restore(before, self._scale)
+            if isinstance(error, _NotFiniteError):
+                return self._skip()
+            raise
+        self._pending, self._begin = False, None
+        for hook in list(getattr(self.base_optimizer, "_optimizer_step_post_hooks", {}).values()):
+            hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
+        if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
+            self._step_schedule(self.lr_scheduler)
+        return loss
+
+    def _check_pending(self) -> None:
         self._check_open()
         if not self._pending:
             raise RuntimeError(
@@ -245,41 +284,36 @@ class Updater:
                 "The parameters are not those that mechanic.step() saw: some were added since, or this is a copy. "
                 "Call mechanic.step() again."
             )
-        one_pass = self._plan_one_pass() if closure is None else None
-        on_device = self._base_can_skip(one_pass is not None)
-        if self.nonfinite == "skip" and not on_device and not bool(self._finite):
-            self._pending = False
-            logger.warning("A step was skipped: its gradient or h is not finite.")
-            return None
 
-        restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
-        with torch.no_grad():
-            before = self.displacement.begin() if one_pass is None else None
-        try:
-            with self._internal_rates(), self._found_inf(on_device), self._held_hooks():
-                if one_pass is not None:
-                    loss = one_pass(self._scale, self._next_scale, self._finite, restart)
-                else:
-                    loss = self._stepped.step() if closure is None else self._stepped.step(closure)
+    def _move(self, before: Any, finite: Tensor | None, restart: bool | Tensor) -> None:
+        """Scale what the base step did."""
+        if self.displacement.joined or not self._steps:
+            self.displacement.check_memory()
+        if self._begin is not None:
+            self._next_scale.copy_(self._begin(*self._first_sizes()))
+        self.displacement.move(before, self._scale, self._next_scale, finite, restart)
+
+    def _skip(self) -> None:
+        self._pending = False
+        logger.warning("A step was skipped: its gradient or h is not finite.")
+
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, which ends the step where it leaves gradients that are not finite."""
+
+        def evaluate() -> Any:
+            loss = closure()
             with torch.no_grad():
-                if one_pass is None:
-                    finite = self._finite if on_device else None
-                    if self._begin is not None:
-                        self._next_scale.copy_(self._begin(*self._first_sizes()))
-                    self.displacement.move(before, self._scale, self._next_scale, finite, restart)
-                self._scale.copy_(self._next_scale)
-                self._steps += 1
-                self._taken += self._finite
-        except BaseException:
-            with torch.no_grad():
-                self.displacement.restore(before, self._scale)
-            raise
-        self._pending, self._begin = False, None
-        for hook in list(getattr(self.base_optimizer, "_optimizer_step_post_hooks", {}).values()):
-            hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
-        if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
-            self._step_schedule(self.lr_scheduler)
-        return loss
+                norm = self.displacement.sums(self._scale).grad_square.sqrt()
+            if norm.isfinite():
+                return loss
+            if self.nonfinite == "skip":
+                raise _NotFiniteError
+            raise FloatingPointError(
+                f"The gradient's norm is {float(norm)} after the closure; expected a finite number. Nothing was "
+                "changed. Is the loss diverging? nonfinite='skip' goes on."
+            )
+
+        return evaluate
 
     def _step_schedule(self, schedule: Any) -> None:
         if self._epoch is not None and schedule.last_epoch > self._epoch and not self._warned_of_epoch:
@@ -297,7 +331,8 @@ class Updater:
         """Set up all state that a first step would, without moving anything.
 
         For loaders that fill the tensors of a state dict in place, as ``torch.distributed.checkpoint.load`` does.
-        It changes nothing once a step was taken.
+        Load a state then: the base optimizer has counted a step, with gradients of zero. It changes nothing once a
+        step was taken.
         """
         self._check_open()
         if self.displacement.slots:
@@ -574,6 +609,10 @@ class Updater:
             yield
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+
+
+class _NotFiniteError(Exception):
+    """Raised in a base step that has to be skipped."""
 
 
 class _Guard:

@@ -25,7 +25,7 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import FOR_IDEAS, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
+from train import FOR_IDEAS, PLAIN, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
 
 from manic import tuner
 from manic.tuner import BETAS
@@ -106,7 +106,7 @@ class Idea:
         seen: a key of `OF_PASSES`: what a step counts for in (11).
         passes: a key of `OF_PASSES`: the power of the fall, in place of ``power``.
         premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
-        beside: that fall is counted from the schedule's highest factor from step T on (``"T"``), or ever (``"start"``).
+        rises: that may take the rate above that of step T by so many times: its fall counts from there.
         gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
         unusual: the root of its bound there, in the usual size of h.
@@ -163,7 +163,7 @@ class Idea:
     seen: str = "once"
     passes: str = ""
     premium: float = tuner.PREMIUM
-    beside: str = "T"
+    rises: float = 1.0
     gate: float = 1.0
     signal: float = 2.0
     unusual: float = tuner.UNUSUAL
@@ -188,7 +188,7 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-PREMIUM = Idea(beside="start")
+PREMIUM = Idea(rises=math.inf)
 TOLD = replace(PREMIUM, seen="before")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -313,7 +313,8 @@ IDEAS = {
     "…, a premium of 2": replace(PREMIUM, premium=2.0, gate=0.0),
     "…, a premium of 3": replace(PREMIUM, premium=3.0, gate=0.0),
     "**…, a premium of 3 where h is signal**": PREMIUM,
-    "**…, that from T on: the default**": Idea(),
+    "**…, from T on: the default**": Idea(),
+    "…, from T on, and half as much again": Idea(rises=1.5),
     "…, a premium of 1.5 where h is signal": replace(PREMIUM, premium=1.5),
     "…, a premium of 2 where h is signal": replace(PREMIUM, premium=2.0),
     "…, a premium of 4 where h is signal": replace(PREMIUM, premium=4.0),
@@ -321,7 +322,7 @@ IDEAS = {
     "…, a premium of 3 where h is signal, to the power of c²": replace(PREMIUM, gate=2.0),
     "…, a premium of 4 where h is signal, to the power of c²": replace(PREMIUM, premium=4.0, gate=2.0),
     "with the epoch given": TOLD,
-    "with the epoch given, the premium from T on": replace(TOLD, beside="T"),
+    "with the epoch given, the premium from T on": replace(TOLD, rises=1.0),
     "with the epoch given, this pass counts too": replace(TOLD, seen="so far"),
     "with the epoch given, the root of the passes": replace(TOLD, seen="root"),
     "with the epoch given, ten passes at most": replace(TOLD, seen="to ten"),
@@ -422,7 +423,9 @@ class Tuner:
         self.count += 1
         rises, self.highest = part > self.highest, max(self.highest, part)
         self.peak = self.highest if self.count <= idea.learns else self.peak
-        self.top = max(part, self.top if self.count > idea.learns else 0.0)
+        if self.count <= idea.learns:
+            self.top = self.highest if math.isinf(idea.rises) else min(self.highest, idea.rises * part)
+        self.top = max(self.top, part)
         e = self.count / self.steps_per_epoch
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
@@ -451,8 +454,7 @@ class Tuner:
         """π of (12)."""
         idea = self.idea
         signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
-        top = self.top if idea.beside == "T" else self.highest
-        rise = top / part if part > 0 else math.inf if top > 0 else 1.0
+        rise = self.top / part if part > 0 else math.inf if self.top > 0 else 1.0
         return min(rise, idea.premium) ** signal
 
     def fall(self, h: Tensor, before: Tensor, part: float, held: float) -> Tensor:
@@ -605,7 +607,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=CHOSEN_ON)
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--bases", nargs="+", choices=(*BASES, PLAIN), default=BASES)
     parser.add_argument("--schedules", nargs="+", choices=(*SCHEDULES, *FOR_IDEAS), default=SCHEDULES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))

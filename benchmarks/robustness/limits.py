@@ -33,6 +33,8 @@ ROWS: dict[str, tuple[Build, int]] = {
     "AdamW, 50 steps": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 50),
     "AdamW, 20 steps": (lambda p, lr: torch.optim.AdamW(p, lr=lr), 20),
     "SGD, momentum 0.9, 50 steps": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 50),
+    "SGD without momentum": (lambda p, lr: torch.optim.SGD(p, lr=lr), 500),
+    "SGD without momentum, 300 steps": (lambda p, lr: torch.optim.SGD(p, lr=lr), 300),
     "LARS (normalized by layer)": (lambda p, lr: pytorch_optimizer.LARS(p, lr=lr), 500),
     "LAMB (normalized by layer)": (lambda p, lr: pytorch_optimizer.Lamb(p, lr=lr), 500),
     "Prodigy (finds its own rate)": (lambda p, lr: pytorch_optimizer.Prodigy(p, lr=lr), 500),

@@ -63,6 +63,7 @@ def lr_of(half_decades: int) -> float:
 
 # The ends of the base optimizers' grids, in half decades.
 GRIDS = {"adamw": (-10, 0), "sgd": (-8, 2), "adam": (-10, 0), "rmsprop": (-11, -1), "lion": (-12, -2)}
+PLAIN = "plain sgd"  # without momentum, for ideas
 SCHEDULES = ("constant", "cosine", "linear")
 LONG_WARMUP, RESTARTS = FOR_IDEAS = "long warmup", "warm restarts"
 CYCLE = 330  # steps from one restart to the next: the tuner's first steps without bets are the last of the first
@@ -70,7 +71,7 @@ CYCLE = 330  # steps from one restart to the next: the tuner's first steps witho
 
 def grid(base: str) -> list[float]:
     """The eleven learning rates that are always tried."""
-    low, high = GRIDS[base]
+    low, high = (GRIDS | {PLAIN: (-6, 4)})[base]
     return [lr_of(i) for i in range(low, high + 1)]
 
 
@@ -354,7 +355,9 @@ class Stack:
 
 def base_step(base: str, x: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, t: int) -> None:
     """One step of a base optimizer, in place; m and v, zero at first, are its state, t counts from 1."""
-    if base == "sgd":
+    if base == PLAIN:
+        update = g
+    elif base == "sgd":
         update = m.mul_(0.9).add_(g)
     elif base == "lion":
         update = m.lerp(g, 0.1).sign_()

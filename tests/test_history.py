@@ -93,7 +93,26 @@ def test_a_step_that_is_done_again_has_one_row() -> None:
     assert history["step"] == [1, 2, 3]
 
 
+def test_what_was_recorded_stays_when_a_step_is_done_again() -> None:
+    history, model = History(), make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, log_func=history)
+    for step in range(3):
+        history.record(loss=backward(model, step), accuracy=step)
+        mechanic.step()
+        assert step != 1 or len(history["loss"]) == 2  # also if it was read in between
+        if step == 2:
+            history.record(accuracy=9)
+        mechanic.step()
+        updater.step()
+    assert None not in history["loss"]
+    assert history["accuracy"] == [0, 1, 9]
+
+
 def test_a_value_is_one_number() -> None:
+    for value in ("a", None, [1.0]):
+        with pytest.raises(TypeError, match=r"loss is .*; expected a number, or a tensor of one element"):
+            History().record(loss=value)  # type: ignore
     with pytest.raises(ValueError, match=r"loss has shape \(3,\); expected one number, such as its mean\(\)"):
         History().record(loss=torch.ones(3))
 
@@ -133,7 +152,7 @@ def test_pictures(tmp_path: Path) -> None:
     plot_histories({"manic": history, "plain": plain, "not yet": History()}, tmp_path / "two.png")
     for name in ("one.png", "two.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="No run has a row"):
+    with pytest.raises(ValueError, match=r"No run has a row.*Mechanic\(updater, log_func=history\)"):
         plot_histories({"nothing": History()}, tmp_path / "none.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,8 @@ class History:
         rates = {f"lr_{i}": rate for i, rate in enumerate(data["lr"])}
         row = {"step": data["iter_count"], "scale": data["s"], **rates, "h": data["h"], "skipped": data["skipped"]}
         rows = self._waiting or self._rows
-        if rows and rows[-1]["step"] == row["step"]:  # the step was taken back and done again
-            rows.pop()
-        self._waiting.append({**row, **self._next})
+        again = rows.pop() if rows and rows[-1]["step"] == row["step"] else {}  # the step was taken back
+        self._waiting.append({**again, **row, **self._next})
         self._next = {}
         if len(self._waiting) >= CHUNK:
             self._read()
@@ -62,10 +62,13 @@ class History:
 
         Raises:
             ValueError: a tensor has more, or the name is that of a column which is there already.
+            TypeError: a value is neither.
         """
         for name, value in values.items():
             if name in ("step", "scale", "h", "skipped") or (name[:3] == "lr_" and name[3:].isdigit()):
                 raise ValueError(f"{name!r} is recorded at every step already; expected another name.")
+            if not isinstance(value, numbers.Real | Tensor):
+                raise TypeError(f"{name} is {value!r:.60}; expected a number, or a tensor of one element.")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
             self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value

@@ -27,7 +27,8 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
     panels = [(key, label) for key, label in PANELS if any(key in run for run in runs.values())]
     if not panels:
         raise ValueError(
-            "No run has a row with a loss, a scale or a learning rate; expected at least one. Train first."
+            "No run has a row with a loss, a scale or a learning rate; expected at least one. Train first, with the "
+            "History as the log_func of a Mechanic: Mechanic(updater, log_func=history)."
         )
     figure = new_figure(4.2 * len(panels), 3.2)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -301,6 +301,8 @@ def test_state_survives_a_file(tmp_path: Path):
 W = {"w": torch.ones(2)}
 ERRORS = [
     (lambda: SGDConfig(lr=-1), ValueError, r"lr is -1; expected a finite number >= 0"),
+    (lambda: AdamConfig(lr="1"), TypeError, r"lr is '1'; expected a finite number >= 0"),  # pyright: ignore[reportArgumentType]
+    (lambda: AdamConfig(lr=True), TypeError, r"lr is True; expected a finite number >= 0"),
     (lambda: SGDConfig(lr=math.nan), ValueError, r"lr is nan"),
     (lambda: SGDConfig(lr=torch.ones(64)), ValueError, r"lr has shape \(64,\).*0-d tensor.*vmap"),
     (lambda: SGDConfig(lr=1, momentum=1.0), ValueError, r"momentum is 1.0; expected a number in \[0, 1\)"),
@@ -313,7 +315,7 @@ ERRORS = [
     (lambda: LARSConfig(lr=1, trust_coefficient=0.0), ValueError, r"trust_coefficient is 0.0; expected a number > 0"),
     (lambda: NAdamWConfig(l2_weight_decay=-1), ValueError, r"l2_weight_decay is -1"),
     (lambda: init({}), ValueError, r"params has no tensors"),
-    (lambda: init({"w": 3}), TypeError, r"params\['w'\] is a int; expected a real floating-point tensor"),
+    (lambda: init({"w": 3}), TypeError, r"params\['w'\] is of type int; expected a real floating-point tensor"),
     (
         lambda: init([torch.ones(2, dtype=torch.int64)]),
         TypeError,

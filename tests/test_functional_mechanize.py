@@ -12,7 +12,6 @@ import manic
 from manic.functional import (
     OPTIMIZERS,
     AdamConfig,
-    MechanizeState,
     SGDConfig,
     TunerConfig,
     adam_init,
@@ -312,7 +311,14 @@ def test_the_loss_scalers_overflows_are_skipped():
 
 
 ERRORS = [
-    (lambda: mechanize(sgd_step, SGDConfig(lr=1.0)), TypeError, r"config is a SGDConfig; expected a .*TunerConfig"),  # pyright: ignore[reportArgumentType]
+    (lambda: mechanize(torch.optim.SGD), TypeError, r"step is <class .*SGD.*expected a function.*manic.mechanize"),  # pyright: ignore[reportArgumentType]
+    (lambda: mechanize("adamw"), TypeError, r"step is 'adamw'; expected a function such as"),  # pyright: ignore[reportArgumentType]
+    (lambda: run(state=sgd_init({"w": torch.ones(2)}, SGDConfig(lr=1.0))), TypeError, r"is of type SGDState; .*init\("),
+    (
+        lambda: mechanize(sgd_step, SGDConfig(lr=1.0)),
+        TypeError,
+        r"config is of type SGDConfig; expected a .*TunerConfig",
+    ),  # pyright: ignore[reportArgumentType]
     (lambda: run(SGDConfig(lr=1.0, maximize=True)), ValueError, r"maximize=True.*expected False.*negative"),
     (lambda: run(grads={"w": torch.ones(3)}), ValueError, r"grads\['w'\].*\(3,\); expected a tensor of shape \(2,\)"),
     (lambda: run(delta={"v": torch.ones(2)}), ValueError, r"key"),
@@ -322,11 +328,11 @@ ERRORS = [
 ]
 
 
-def run(config=None, grads=None, delta=None):
+def run(config=None, grads=None, delta=None, state=None):
     config = config or SGDConfig(lr=1.0)
     params = {"w": torch.ones(2)}
     init, step = mechanize(sgd_step)
-    state: MechanizeState = init(params, sgd_init(params, config))
+    state = state or init(params, sgd_init(params, config))
     step(params, grads or params, state if delta is None else state._replace(delta=delta), config)
 
 

@@ -80,11 +80,16 @@ def mechanize(
         >>> bool(params["w"].abs().max() < 0.5)
         True
     """
+    if isinstance(step, type) or not callable(step):
+        raise TypeError(
+            f"step is {step!r:.60}; expected a function such as manic.functional.adamw_step. An optimizer class of "
+            "torch goes to manic.mechanize."
+        )
     constants = TunerConfig() if config is None else config
     if not isinstance(constants, TunerConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}; expected a manic.tuner.TunerConfig. The config of the stepper goes "
-            "to the step that mechanize returns, as it went to the stepper."
+            f"config is of type {type(config).__name__}; expected a manic.tuner.TunerConfig. The config of the stepper "
+            "goes to the step that mechanize returns, as it went to the stepper."
         )
 
     def init(params: Tree, base_state: Any, lr: Number = 1.0) -> MechanizeState:
@@ -109,6 +114,11 @@ def mechanize(
             raise ValueError(
                 "The config has maximize=True, which turns the sign of the update against the gradient; "
                 "expected False. Minimize the negative of the objective instead."
+            )
+        if not isinstance(state, MechanizeState):
+            raise TypeError(
+                f"state is of type {type(state).__name__}; expected the MechanizeState that init(params, base_state) "
+                "of this mechanize returned, or the last step."
             )
         scale = state.scale
         old = constants.rescaled * scale

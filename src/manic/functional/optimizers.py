@@ -13,6 +13,7 @@ differentiated; give them tensors that require no gradient (``tensor.detach()``)
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -391,6 +392,8 @@ def _check_number(name: str, value: Number, expected: str, inside: Callable[[flo
                 f"{name} has shape {tuple(value.shape)}; expected a number or a 0-d tensor. "
                 "To give each of many models its own, build the config inside a torch.func.vmap over it."
             )
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected {expected}.")
     elif not inside(value):
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
 

@@ -105,4 +105,4 @@ def _unfit_state(params: Tree, i: int, x: Tensor, s: list[Tensor]) -> ValueError
 def _described(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}"
-    return "None" if leaf is None else f"a {type(leaf).__name__}"
+    return "None" if leaf is None else f"of type {type(leaf).__name__}"

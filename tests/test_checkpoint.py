@@ -264,6 +264,78 @@ def test_a_schedule_that_does_not_fit_leaves_all_as_it_was() -> None:
     assert_same_bits(updater.state_dict(), states[1])
 
 
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_load_that_fails_on_the_way_leaves_all_as_it_was(form: str, when: str) -> None:
+    run = Run(form, "adamw", "cosine_warmup", True)
+    run.train(0, 5)
+    name = next(iter(run.parts))
+    part = run.parts[name]
+    saved = copy.deepcopy(part.state_dict())
+    run.train(5, 15)
+    before = copy.deepcopy(run.state_dict())
+
+    def fail(*_: Any) -> None:
+        raise KeyError("in the hook")
+
+    base = part if form == "drop-in" else part.base_optimizer
+    handle = getattr(base, f"register_load_state_dict_{when}_hook")(fail)
+    with pytest.raises(KeyError, match="in the hook"):
+        part.load_state_dict(saved)
+    handle.remove()
+    assert_same_bits(run.state_dict(), before)
+    run.train(15, 20)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry"),
+    [
+        ("updater", {"scale": "x"}),
+        ("updater", {"scale": torch.ones(2)}),
+        ("updater", {"unit": None}),
+        ("updater", {"steps": "5"}),
+        ("updater", {"nominal_rates": 1.0}),
+        ("mechanic", {"scale": "x"}),
+        ("mechanic", {"skipped": 3}),
+        ("mechanic", {"steps": 1.5}),
+    ],
+)
+def test_a_state_with_an_entry_of_another_type_is_refused_whole(part: str, entry: dict[str, Any]) -> None:
+    run = Run("two objects", "adamw", "cosine_warmup", True)
+    run.train(0, 5)
+    saved = copy.deepcopy(run.parts[part].state_dict())
+    run.train(5, 15)
+    before = copy.deepcopy(run.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"state dict has {next(iter(entry))}=.*Load what {part.title()}.state_dict\(\)"
+    ):
+        run.parts[part].load_state_dict({**saved, **entry})
+    assert_same_bits(run.state_dict(), before)
+
+
+@pytest.mark.parametrize("loaded", ["updater", "mechanic"])
+def test_a_run_that_is_loaded_by_one_of_the_two_only(loaded: str) -> None:
+    run = Run("two objects", "adamw", "none", True)
+    run.train(0, N)
+    state = copy.deepcopy(run.state_dict())
+    other = Run("two objects", "adamw", "none", True, seed=3)
+    other.model.load_state_dict(state["model"])
+    other.parts[loaded].load_state_dict(state[loaded])
+    backward(other.model, N)
+    missing = {"updater": "mechanic", "mechanic": "updater"}[loaded]
+    with pytest.raises(
+        RuntimeError,
+        match=rf"{loaded.title()} has loaded the state of another step.*Call {missing}.load_state_dict\(\) too",
+    ):
+        other.parts["mechanic"].step()
+    other.parts[missing].load_state_dict(state[missing])
+    for one in (run, other):
+        one.train(N, N + 10)
+    assert torch.equal(flat(other.model), flat(run.model))
+    other.parts[loaded].load_state_dict(other.parts[loaded].state_dict())  # of this very step: changes nothing
+    other.train(N + 10, N + 11)
+
+
 def test_a_loaded_run_writes_to_no_parameter_before_the_base_step() -> None:
     """Optimizers that differentiate the gradient again need the graph of the backward pass whole."""
     run = Run("two objects", "adamw", "none", True)
@@ -339,7 +411,14 @@ def test_refused_states() -> None:
     plain = {**state, "lr_scheduler": None, "kinds": {"optimizer": "AdamW", "lr_scheduler": None}}
     with pytest.raises(ValueError, match="saved with store_delta=True"):
         updater(store_delta=False).load_state_dict(plain)
-    with pytest.raises(ValueError, match=f"version 99; this release reads version {STATE_VERSION}"):
+    whole = {"model": model.state_dict(), "tuned": state, "mechanic": mechanic_state}
+    with pytest.raises(ValueError, match=r"looks like a whole checkpoint.*load state\['tuned'\]"):
+        updater().load_state_dict(whole)
+    with pytest.raises(ValueError, match=r"looks like a whole checkpoint.*load state\['mechanic'\]"):
+        Mechanic(updater()).load_state_dict(whole)
+    with pytest.raises(
+        ValueError, match=f"version 99; this release reads version {STATE_VERSION}. Load it with the release"
+    ):
         updater().load_state_dict({**plain, "version": 99})
     with pytest.raises(ValueError, match=r"lacks version.*expected what Updater.state_dict\(\) returns"):
         updater().load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
@@ -356,6 +435,8 @@ def test_refused_states() -> None:
         drop_in.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
     with pytest.raises(ValueError, match="no param_groups; expected the state dict of a mechanized AdamW"):
         drop_in.load_state_dict({})
+    with pytest.raises(ValueError, match="of a mechanized AdamW; expected that of a mechanized SGD"):
+        mechanize(torch.optim.SGD)(model.parameters(), lr=0.1).load_state_dict(drop_in.state_dict())
     broken = drop_in.state_dict()
     broken["param_groups"][0]["mechanic_tuner"] = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,12 @@ def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
         ({"s_decay": -1e-3}, "s_decay is -0.001; expected a finite number >= 0"),
         ({"s_decay": math.nan}, "s_decay is nan"),
         ({"max_scale": 0.0}, "max_scale is 0.0"),
-        ({"steps_per_epoch": 0}, r"steps_per_epoch is 0; expected a finite number > 0.*len\(loader\)"),
-        ({"log_every": -1}, "log_every is -1; expected a number of steps, 0 or more"),
-        ({"log_every": None}, "log_every is None; expected a number of steps, 0 or more"),
+        ({"steps_per_epoch": 0}, r"steps_per_epoch is 0; expected a number > 0.*len\(loader\)"),
+        (
+            {"rule": "optax", "steps_per_epoch": 9},
+            "steps_per_epoch is 9 with rule='optax'; expected None.*Leave it out",
+        ),
+        ({"log_every": -1}, "log_every is -1; expected a whole number of steps, 0 or more"),
     ],
 )
 def test_mechanic_options(options: dict[str, Any], message: str) -> None:
@@ -64,14 +68,36 @@ def test_updater_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_not_an_optimizer() -> None:
-    with pytest.raises(TypeError, match=r"optimizer is a generator; expected a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"optimizer is of type generator; expected a torch.optim.Optimizer"):
         Updater(make_net().parameters())
-    with pytest.raises(TypeError, match=r"updater is a SGD; expected a manic.Updater"):
+    with pytest.raises(TypeError, match=r"updater is of type SGD; expected a manic.Updater"):
         Mechanic(sgd())
-    with pytest.raises(TypeError, match="expected a plain optimizer class"):
+    with pytest.raises(TypeError, match="base is of type SGD; expected a plain optimizer class"):
         mechanize(sgd())
-    with pytest.raises(ValueError, match="lr_scheduler schedules another optimizer"):
+    with pytest.raises(TypeError, match=r"base is of type partial.*The options of the optimizer go there as well"):
+        mechanize(partial(torch.optim.SGD, momentum=0.9))
+    with pytest.raises(ValueError, match="lr_scheduler schedules another optimizer, of type SGD"):
         Updater(sgd(), lr_scheduler.StepLR(sgd(), 1))
+    with pytest.raises(TypeError, match="optimizer is the class AdamW; expected an object of it, as in"):
+        Updater(torch.optim.AdamW)
+    with pytest.raises(TypeError, match="is of type StepLR, and lr_scheduler of type SGD; the two seem swapped"):
+        Updater(lr_scheduler.StepLR(sgd(), 1), sgd())
+    with pytest.raises(TypeError, match="optimizer is an Updater already; expected a plain optimizer"):
+        Updater(Updater(sgd()))
+
+
+def test_options_of_the_tuner_are_checked_when_the_class_is_made() -> None:
+    with pytest.raises(ValueError, match="steps_per_epoch is -1; expected a number > 0"):
+        mechanize(torch.optim.AdamW, steps_per_epoch=-1)
+    with pytest.raises(TypeError, match=r"betas is 0.9; expected several numbers"):
+        mechanize(torch.optim.SGD, betas=0.9)
+
+
+def test_options_of_manic_given_to_the_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"steps_per_epoch=10 was given.*go to mechanize\(AdamW, steps_per_epoch="):
+        mechanize(torch.optim.AdamW)(make_net().parameters(), lr=1.0, steps_per_epoch=10)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        mechanize(torch.optim.AdamW)(make_net().parameters(), rate=1.0)
 
 
 @pytest.mark.parametrize("lr", [None, "relative"])
@@ -89,7 +115,7 @@ def test_an_lr_that_is_not_a_number(lr: Any) -> None:
 
 def test_tuning_twice() -> None:
     tuned = mechanize(torch.optim.SGD)(make_net().parameters(), lr=1.0)
-    with pytest.raises(TypeError, match="is a MechanizedSGD, which tunes itself; expected a plain optimizer"):
+    with pytest.raises(TypeError, match="is of type MechanizedSGD, which tunes itself; expected a plain optimizer"):
         Updater(tuned)
     with pytest.raises(TypeError, match="expected a plain optimizer class"):
         mechanize(type(tuned))
@@ -120,8 +146,25 @@ def test_hand_off_of_step_sizes_in_the_state() -> None:
         backward(model, step)
         mechanic.step()
         updater.step()
-    with pytest.raises(ValueError, match="cannot rescale a ASGD: its state holds step sizes"):
+    with pytest.raises(ValueError, match="cannot rescale ASGD: its state holds step sizes"):
         mechanic.hand_off()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="torch 2.5 is the first with Adafactor")
+def test_hand_off_of_a_rate_that_is_not_the_lr() -> None:
+    model = make_net()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1.0)
+    updater = Updater(optimizer)
+    mechanic = Mechanic(updater)
+    for step in range(3):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    with pytest.raises(ValueError, match=r"cannot rescale torch's Adafactor: it steps at min\(lr, 1/√t\).*Keep tuning"):
+        mechanic.hand_off()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    mechanic.step()
+    updater.step()
 
 
 def test_no_lr_to_start_from() -> None:
@@ -198,7 +241,7 @@ def test_hand_off_that_cannot_be() -> None:
         updater.step()
     with pytest.raises(
         ValueError,
-        match=r"cannot rescale a Odd.*Note float\(mechanic.scale\), set updater.lr_scheduler = None, call hand_",
+        match=r"cannot rescale Odd.*Note float\(mechanic.scale\), set updater.lr_scheduler = None, call hand_",
     ):
         mechanic.hand_off()
     assert optimizer.param_groups[0]["lr"] == 1.0
@@ -241,6 +284,10 @@ def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
     step(1)
     assert not torch.equal(flat(model), before)
 
+    _, twin_updater, _ = copy.deepcopy((model, updater, mechanic))
+    with pytest.raises(RuntimeError, match=r"steps are taken by updater.step\(\): leave it out"):
+        twin_updater.base_optimizer.step()
+
     updaters = [updater, Updater(base)]  # the first lives on, and the second takes its place
     updater = updaters[1]
     mechanic = Mechanic(updater)
@@ -265,10 +312,12 @@ def test_a_base_optimizer_that_outlives_its_updater_is_a_plain_one() -> None:
     assert not torch.equal(flat(model), before)
 
 
-def test_a_schedule_that_is_stepped_twice() -> None:
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_schedule_that_is_stepped_twice(chained: bool) -> None:
     model = make_net()
     base = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = lr_scheduler.CosineAnnealingLR(base, 100)
+    cosine = lr_scheduler.CosineAnnealingLR(base, 100)
+    schedule: Any = lr_scheduler.ChainedScheduler([cosine]) if chained else cosine
     updater = Updater(base, schedule)
     mechanic = Mechanic(updater)
     said = []
@@ -282,7 +331,7 @@ def test_a_schedule_that_is_stepped_twice() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             schedule.step()
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 1})  # going back is no fault
+    cosine.load_state_dict({**cosine.state_dict(), "last_epoch": 1})  # going back is no fault
     backward(model, 4)
     mechanic.step()
     updater.step()
@@ -290,6 +339,20 @@ def test_a_schedule_that_is_stepped_twice() -> None:
     assert when == 1
     assert "went from step 1 to 2. updater.step() steps it: leave out lr_scheduler.step()" in message
     assert filename == __file__
+
+
+def test_a_schedule_that_is_chained_on_the_way() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base, lr_scheduler.StepLR(base, 10))
+    mechanic = Mechanic(updater)
+    for step in range(4):
+        if step == 2:
+            updater.lr_scheduler = lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(base, 0.5)])
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    assert base.param_groups[0]["lr"] == 0.25
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
@@ -324,7 +387,15 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
         (lambda: Mechanic(Updater(sgd()), betas=0.9), r"betas is 0.9; expected several numbers in \[0, 1\)"),
         (lambda: Mechanic(Updater(sgd()), s_init="auto"), "s_init is 'auto'; expected a finite number > 0"),
         (lambda: Mechanic(Updater(sgd()), max_scale="1"), "max_scale is '1'; expected a finite number > 0"),
-        (lambda: Mechanic(Updater(sgd()), steps_per_epoch=[1]), r"steps_per_epoch is \[1\]; expected a finite number"),
+        (lambda: Mechanic(Updater(sgd()), steps_per_epoch=[1]), r"is \[1\]; expected a number > 0.*len\(loader\)"),
+        (lambda: Mechanic(Updater(sgd()), steps_per_epoch=True), "steps_per_epoch is True; expected a number > 0"),
+        (lambda: Mechanic(Updater(sgd()), s_init=True), "s_init is True; expected a finite number > 0"),
+        (lambda: Mechanic(Updater(sgd()), betas="0.9"), "betas is '0.9'; expected several numbers"),
+        (lambda: Mechanic(Updater(sgd()), betas=["a"]), r"betas is \['a'\]; expected several numbers"),
+        (lambda: Mechanic(Updater(sgd()), log_every=1.5), "log_every is 1.5; expected a whole number of steps"),
+        (lambda: Mechanic(Updater(sgd()), log_every=None), "log_every is None; expected a whole number of steps"),
+        (lambda: Updater(sgd(), store_delta="no"), "store_delta is 'no'; expected True or False"),
+        (lambda: Updater(sgd(), internal_lr=True), "internal_lr is True; expected a finite number > 0, or None"),
         (lambda: Mechanic(Updater(sgd()), log_func=History), r"log_func is <class .*History.*such as History\(\)"),
         (
             lambda: Mechanic(Updater(sgd()), log_func="run.csv"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +125,51 @@ def test_layers_unfrozen_one_by_one(form: str, layers_join: str) -> None:
         for p, old in zip(named[name], before, strict=True):
             assert not torch.equal(p.detach(), old)
     assert relative_difference(model.hidden.weight.detach(), references["hidden"][0]) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+@pytest.mark.parametrize("fate", ["stays", "deepcopy", "pickle", "loaded"])
+def test_groups_that_change_places_or_leave_keep_their_nominal_rates(form: str, fate: str) -> None:
+    def build() -> tuple[Any, ...]:
+        model = make_net()
+        parts = {"hidden": model.hidden.parameters(), "out": model.out.parameters(), "gain": [model.gain]}
+        groups = [
+            {"params": list(parts[name]), "lr": rate} for name, rate in zip(parts, (0.25, 16.0, 1.0), strict=True)
+        ]
+        optimizer = (mechanize(torch.optim.AdamW) if form == "drop-in" else torch.optim.AdamW)(groups, lr=1.0)
+        updater = optimizer.updater if form == "drop-in" else Updater(optimizer)
+        return model, optimizer, updater, updater if form == "drop-in" else Mechanic(updater)
+
+    def step(run: tuple[Any, ...], i: int) -> None:
+        model, optimizer, updater, mechanic = run
+        backward(model, i)
+        if form == "drop-in":
+            optimizer.step()
+        else:
+            mechanic.step()
+            updater.step()
+
+    run = build()
+    for i in range(3):
+        step(run, i)
+    if fate == "loaded":
+        fresh, saved = build(), slice(1, 2) if form == "drop-in" else slice(2, 4)
+        for mine, theirs in zip(fresh[saved], run[saved], strict=True):
+            mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        run = fresh
+    elif fate != "stays":
+        run = copy.deepcopy(run) if fate == "deepcopy" else pickle.loads(pickle.dumps(run))
+    model, optimizer, updater, _ = run
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    optimizer.add_param_group({"params": [model.unused], "lr": 3.0})
+    optimizer.param_groups.reverse()
+    step(run, 3)
+    assert updater._nominal_rates == [3.0, 1.0, 16.0, 0.25]
+    for i in range(4, 6):
+        optimizer.param_groups.pop(0)
+        step(run, i)
+        assert float(updater._factor) == 0.5
 
 
 class LoRA(nn.Module):

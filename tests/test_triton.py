@@ -579,7 +579,8 @@ def test_a_step_in_a_cuda_graph(store_delta: bool, rule: str, monkeypatch: pytes
         weight = nn.Parameter(torch.randn(1000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
         updater = Updater(AdamW([weight], lr=1.0, fused=True), store_delta=store_delta)
-        mechanic = Mechanic(updater, rule=rule, s_init=None if rule == "manic" else 1e-3, steps_per_epoch=2)
+        options: dict[str, Any] = {"steps_per_epoch": 2} if rule == "manic" else {"s_init": 1e-3}
+        mechanic = Mechanic(updater, rule=rule, **options)
 
         def step() -> None:
             weight.grad.copy_(weight.detach())

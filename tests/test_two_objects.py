@@ -729,6 +729,17 @@ def test_copies_go_on_the_same_way(copy_of: Any, store_delta: bool) -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
+def test_what_they_are_in_words() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base, lr_scheduler.StepLR(base, 10), store_delta=False)
+    mechanic = Mechanic(updater, rule="optax", max_scale=0.5)
+    train(model, updater, mechanic, range(2))
+    assert repr(updater) == "Updater(SGD, StepLR, store_delta=False, steps=2)"
+    assert repr(mechanic) == f"Mechanic({updater!r}, rule='optax', max_scale=0.5, scale={float(mechanic.scale)!r})"
+    assert repr(Mechanic(Updater(base))) == "Mechanic(Updater(SGD, steps=0), scale=0.0)"
+
+
 def test_max_scale_is_in_units_of_the_lr_given() -> None:
     model = make_net()
     updater = Updater(torch.optim.AdamW(model.parameters(), lr=0.01))
@@ -889,6 +900,7 @@ def test_hand_off_goes_on_as_a_frozen_scale(optimizer: str, scheduler: str) -> N
     assert relative_difference(flat(model), start) > 1e-3
     assert relative_difference(flat(model), flat(twin)) < 1e-9
     assert updater.get_last_lr() == [group["lr"] for group in plain.param_groups]
+    assert mechanic.get_last_lr() == [1.0] * len(plain.param_groups)
     assert not updater.displacement.slots
     for call in (mechanic.step, updater.step, mechanic.hand_off):
         with pytest.raises(RuntimeError, match="hand_off"):

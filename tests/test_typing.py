@@ -25,7 +25,7 @@ def test_two_objects() -> None:
     history = History()
     mechanic = Mechanic(
         updater,
-        rule="optax",
+        rule="manic",
         betas=(0.9, 0.99),
         s_decay=0.0,
         s_init=1e-3,

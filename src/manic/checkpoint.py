@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,14 +21,40 @@ def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) 
         raise TypeError(f"The state dict is {state_dict!r:.60}; expected what {kind}.state_dict() returns.")
     missing = [key for key in ("version", *keys) if key not in state_dict]
     if missing:
+        for name, part in state_dict.items():
+            if keys and isinstance(part, Mapping) and {"version", *keys} <= part.keys():
+                raise ValueError(f"This looks like a whole checkpoint; expected one part of it: load state[{name!r}].")
         raise ValueError(
             f"The state dict lacks {', '.join(missing)} (it has {', '.join(map(str, state_dict))}); "
             f"expected what {kind}.state_dict() returns."
         )
     if state_dict["version"] != STATE_VERSION:
         raise ValueError(
-            f"The {kind} state dict is of version {state_dict['version']}; this release reads version {STATE_VERSION}."
+            f"The {kind} state dict is of version {state_dict['version']}; this release reads version {STATE_VERSION}. "
+            "Load it with the release of manic that saved it, or load the model alone and start tuning anew."
         )
+
+
+def check_entries(state_dict: dict[str, Any], kind: str, types: dict[str, Any]) -> None:
+    """Raise ValueError unless entries are of these types, and the tensors among them 0-d."""
+    for name, expected in types.items():
+        value = state_dict[name]
+        if not isinstance(value, expected) or (isinstance(value, Tensor) and value.dim()):
+            raise ValueError(
+                f"The {kind} state dict has {name}={value!r:.60}; expected a {'0-d ' * (expected is Tensor)}"
+                f"{expected.__name__}. Load what {kind}.state_dict() returned, as it was saved."
+            )
+
+
+@contextmanager
+def undone_on_error(optimizer: Any) -> Iterator[None]:
+    """Have an optimizer's state and groups back if loading fails: torch replaces them, and does not write to them."""
+    before = dict(vars(optimizer))
+    try:
+        yield
+    except BaseException:
+        vars(optimizer).update(before)
+        raise
 
 
 def copied(value: Any) -> Any:

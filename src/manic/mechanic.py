@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import tuner
-from manic.checkpoint import STATE_VERSION, check_version
+from manic.checkpoint import STATE_VERSION, check_entries, check_version
 from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
@@ -84,12 +84,15 @@ class Mechanic:
     ) -> None:
         if not isinstance(updater, Updater):
             raise TypeError(
-                f"updater is a {type(updater).__name__}; expected a manic.Updater, as in Mechanic(Updater(optimizer))."
+                f"updater is of type {type(updater).__name__}; expected a manic.Updater, as in "
+                "Mechanic(Updater(optimizer))."
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        if not isinstance(log_every, numbers.Integral) or log_every < 0:
-            raise ValueError(f"log_every is {log_every!r}; expected a number of steps, 0 or more.")
+        if isinstance(log_every, bool) or not isinstance(log_every, numbers.Integral):
+            raise TypeError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
+        if log_every < 0:
+            raise ValueError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
         if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
             raise TypeError(
                 f"log_func is {log_func!r}; expected a function of one dict, or an object such as History()."
@@ -115,6 +118,13 @@ class Mechanic:
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
+    def __repr__(self) -> str:
+        usual = asdict(TunerConfig(rule=self._config.rule)) | {"rule": "manic"}
+        options = {name: value for name, value in asdict(self._config).items() if value != usual[name]}
+        if self.scale.is_cpu:  # else it would have to be waited for
+            options["scale"] = float(self.scale)
+        return f"Mechanic({self.updater!r}{''.join(f', {name}={value!r}' for name, value in options.items())})"
+
     @property
     def scale(self) -> Tensor:
         """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
@@ -134,8 +144,11 @@ class Mechanic:
             )
 
     def get_last_lr(self) -> list[float]:
-        """The scale, once per parameter group; reads it from its device. See `Updater.get_last_lr` for the rates."""
-        return [float(self.scale)] * len(self.updater.param_groups)
+        """The scale, once per parameter group; reads it from its device. See `Updater.get_last_lr` for the rates.
+
+        After `hand_off` it is 1: the rates of the groups are those in force.
+        """
+        return [1.0 if self.updater._handed_off else float(self.scale)] * len(self.updater.param_groups)
 
     @outside_graphs
     @torch.no_grad()
@@ -244,23 +257,28 @@ class Mechanic:
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
-        self._check_state(state_dict)
-        self._configure(TunerConfig(**state_dict["config"]))
+        config = self._check_state(state_dict)
+        scales = self._state.scales
+        state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
+        self._configure(config)
+        self.updater._restored["Mechanic"] = state_dict["steps"] != self._steps - self.updater._pending
         self._steps = state_dict["steps"]
         self._diagnosis = Diagnosis()
         self._skipped.copy_(state_dict["skipped"])
-        scales = self._state.scales
-        self._state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
+        self._state = state
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
         self.updater._start(state_dict["scale"])
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError unless `load_state_dict` can take ``state_dict``."""
+    def _check_state(self, state_dict: dict[str, Any]) -> TunerConfig:
+        """The saved options; or ValueError, unless `load_state_dict` can take ``state_dict``."""
         check_version(state_dict, "Mechanic", ("config", "tuner", "scale", "steps", "skipped"))
-        n = len(state_dict["config"]["betas"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict["tuner"].items()}
+        check_entries(state_dict, "Mechanic", {"scale": Tensor, "steps": numbers.Integral, "skipped": Tensor})
+        config = TunerConfig(**state_dict["config"])
+        n = len(config.betas)
+        shapes = {name: tuple(getattr(tensor, "shape", "?")) for name, tensor in state_dict["tuner"].items()}
         if shapes != dict.fromkeys(TunerState._fields, (n,)):
             raise ValueError(f"The tuner's tensors have shapes {shapes}; expected one number for each of {n} betas.")
+        return config
 
     def _configure(self, config: TunerConfig) -> None:
         self._config = config

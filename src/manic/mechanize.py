@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -12,15 +14,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim import Optimizer
 
-from manic.checkpoint import check_version, copied, dtypes, keep_dtypes
+from manic.checkpoint import check_entries, check_version, copied, dtypes, keep_dtypes, undone_on_error
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
-from manic.tuner import BETAS, TunerState
+from manic.tuner import BETAS, TunerConfig, TunerState
 from manic.updater import Updater, check_kind
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-NUMBERS = ("version", "config", "tuner", "scale", "unit", "steps", "skipped", "taken", "dtypes", "rates")
+NUMBERS = ("version", "kind", "config", "tuner", "scale", "unit", "steps", "skipped", "taken", "dtypes", "rates")
 GROUP_KEYS = tuple(f"mechanic_{name}" for name in NUMBERS)
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
@@ -59,7 +61,8 @@ def mechanize(
         A subclass of ``base``, called with the arguments of ``base``.
 
     Raises:
-        TypeError: ``base`` is not an optimizer class.
+        TypeError: ``base`` is not an optimizer class, or an option of the tuner is of another type.
+        ValueError: an option of the tuner is out of range.
 
     Example:
         >>> import torch
@@ -72,9 +75,11 @@ def mechanize(
         True
     """
     if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, _Mechanized):
+        given = base.__name__ if isinstance(base, type) else f"of type {type(base).__name__}"
+        options = " The options of the optimizer go there as well." if isinstance(base, partial) else ""
         raise TypeError(
-            f"base is {base!r}; expected a plain optimizer class, as in "
-            "mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)."
+            f"base is {given}; expected a plain optimizer class, as in "
+            f"mechanize(torch.optim.SGD)(model.parameters(), lr=1.0).{options}"
         )
     check_kind(base)
     updater = {
@@ -84,15 +89,16 @@ def mechanize(
         "nonfinite": nonfinite,
         "process_group": process_group,
     }
-    tuner = {
+    tuner: dict[str, Any] = {
         "rule": rule,
-        "betas": tuple(betas),
+        "betas": betas,
         "s_decay": s_decay,
         "s_init": s_init,
         "eps": eps,
         "max_scale": max_scale,
         "steps_per_epoch": steps_per_epoch,
     }
+    tuner["betas"] = TunerConfig(**tuner).betas
     mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
     key = (base, *updater.values(), *tuner.values(), id(log_func), log_every)
     made = _classes.get(key)
@@ -121,7 +127,17 @@ class _Mechanized(Optimizer):
     _options: dict[str, dict[str, Any]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            for name in (*self._options["updater"], *self._options["mechanic"]):
+                if name in kwargs and f"unexpected keyword argument '{name}'" in str(error):
+                    base = self._base.__name__
+                    raise TypeError(
+                        f"{name}={kwargs[name]!r:.60} was given to {base}; expected an option of {base}. Options of "
+                        f"manic go to mechanize({base}, {name}=...)."
+                    ) from error
+            raise
         self.updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
         self.mechanic = Mechanic(self.updater, **self._options["mechanic"])
         self._mirrored = 0
@@ -172,7 +188,7 @@ class _Mechanized(Optimizer):
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
         mechanic |= {"unit": self.updater._unit, "rates": self.updater._nominal_rates}
-        mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self)}
+        mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self), "kind": self._base.__name__}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
         return state_dict
@@ -181,7 +197,7 @@ class _Mechanized(Optimizer):
         """Take up what `state_dict` gave, the tuner's options included; nothing is changed if it does not fit.
 
         Raises:
-            ValueError: the state is of another model, or of an optimizer that is not mechanized.
+            ValueError: the state is of another model or kind, or of an optimizer that is not mechanized.
         """
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         if not groups:
@@ -199,6 +215,12 @@ class _Mechanized(Optimizer):
                 "that to Updater, and start tuning anew."
             )
         mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
+        if mechanic["kind"] != self._base.__name__:
+            raise ValueError(
+                f"The state dict is of a mechanized {mechanic['kind']}; expected that of a mechanized "
+                f"{self._base.__name__}. Build the optimizer as it was when saved."
+            )
+        check_entries(mechanic, "optimizer", {"unit": numbers.Real, "rates": list, "taken": numbers.Integral})
         mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
         self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -208,8 +230,9 @@ class _Mechanized(Optimizer):
         self.updater._check_displacement(displacement)
 
         base = {**state_dict, "state": base_state}
-        super().load_state_dict(base)
-        keep_dtypes(self, base, mechanic["dtypes"])
+        with undone_on_error(self):
+            super().load_state_dict(base)
+            keep_dtypes(self, base, mechanic["dtypes"])
         self.mechanic.load_state_dict(mechanic)
         self.updater._load_tuning(
             mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement

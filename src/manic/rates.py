@@ -88,7 +88,7 @@ def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:
         return
     if type(scheduler) not in SCHEDULER_RATES:
         raise ValueError(
-            f"hand_off() cannot rescale a {type(scheduler).__name__}: which of its numbers are learning rates is not "
+            f"hand_off() cannot rescale {type(scheduler).__name__}: which of its numbers are learning rates is not "
             "known. Note float(mechanic.scale), set updater.lr_scheduler = None, call hand_off(), and multiply them."
         )
     for name in ("base_lrs", "_last_lr", *SCHEDULER_RATES[type(scheduler)]):

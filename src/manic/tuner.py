@@ -168,9 +168,11 @@ class TunerConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}.")
-        if not isinstance(self.betas, Iterable):
+        several = isinstance(self.betas, Iterable) and not isinstance(self.betas, str)
+        betas = tuple(self.betas) if several else ()
+        if not several or not all(isinstance(beta, numbers.Real | Tensor) for beta in betas):
             raise TypeError(f"betas is {self.betas!r}; expected several numbers in [0, 1), as in betas=(0.9, 0.99).")
-        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+        object.__setattr__(self, "betas", tuple(float(beta) for beta in betas))
         if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
         if self.s_decay is None:
@@ -182,12 +184,19 @@ class TunerConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{name} is {value!r}; expected a finite number {low}.")
-            endless = name == "steps_per_epoch" and value == math.inf
-            if not (math.isfinite(value) or endless) or value < 0 or (value == 0 and low == "> 0"):
-                raise ValueError(f"{name} is {value!r}; expected a finite number {low}.{HINTS.get(name, '')}")
+            endless = name == "steps_per_epoch"
+            expected = f"expected a {'' if endless else 'finite '}number {low}.{HINTS.get(name, '')}"
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} is {value!r}; {expected}")
+            in_reach = math.isfinite(value) or (endless and value == math.inf)
+            if not in_reach or value < 0 or (value == 0 and low == "> 0"):
+                raise ValueError(f"{name} is {value!r}; {expected}")
             object.__setattr__(self, name, float(value))
+        if self.steps_per_epoch is not None and self.rule != "manic":
+            raise ValueError(
+                f"steps_per_epoch is {self.steps_per_epoch:g} with rule={self.rule!r}; expected None, for only the "
+                "rule 'manic' reads it. Leave it out."
+            )
 
 
 class TunerState(NamedTuple):

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from manic import rates
-from manic.checkpoint import STATE_VERSION, check_version, copied, dtypes, keep_dtypes, load_schedule
+from manic.checkpoint import (
+    STATE_VERSION,
+    check_entries,
+    check_version,
+    copied,
+    dtypes,
+    keep_dtypes,
+    load_schedule,
+    undone_on_error,
+)
 from manic.displacement import Displacement, scale_dtype
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
@@ -52,7 +61,7 @@ class Updater:
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or has a learning rate that is not a number; ``lr_scheduler`` is
-            no scheduler; ``internal_lr`` is not a number.
+            no scheduler; another argument is of another type.
         ValueError: another argument is out of range, or belongs to another optimizer.
 
     Example:
@@ -83,21 +92,26 @@ class Updater:
         process_group: Any = None,
     ) -> None:
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
-                "Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
-            )
+            raise _not_an_optimizer(optimizer, lr_scheduler)
         # Lightning's and Accelerate's wrappers have no groups of their own: step them, and keep what they wrap.
         base = optimizer if "param_groups" in vars(optimizer) else getattr(optimizer, "optimizer", optimizer)
+        if isinstance(base, Updater):
+            raise TypeError(
+                "optimizer is an Updater already; expected a plain optimizer, as in "
+                "Updater(torch.optim.SGD(model.parameters(), lr=1.0)). Give the Updater to Mechanic."
+            )
         if hasattr(base, "mechanic"):
             raise TypeError(
-                f"optimizer is a {type(base).__name__}, which tunes itself; expected a plain optimizer. "
+                f"optimizer is of type {type(base).__name__}, which tunes itself; expected a plain optimizer. "
                 "Call its step() and leave out Updater and Mechanic."
             )
         check_kind(type(base))
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
-        if internal_lr is not None and not isinstance(internal_lr, numbers.Real):
+        for name, value in {"store_delta": store_delta, "cpu_offload": cpu_offload}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; expected True or False.")
+        if isinstance(internal_lr, bool) or not isinstance(internal_lr, numbers.Real | None):
             raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
         if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
             raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
@@ -110,7 +124,7 @@ class Updater:
         scheduled = getattr(lr_scheduler, "optimizer", base)
         if scheduled is not base:
             raise ValueError(
-                f"lr_scheduler schedules another optimizer (a {type(scheduled).__name__}); "
+                f"lr_scheduler schedules another optimizer, of type {type(scheduled).__name__}; "
                 "expected one built on the optimizer given."
             )
         self.base_optimizer: Optimizer = base
@@ -130,10 +144,11 @@ class Updater:
         self._check_groups()
         self._internal_lr = None if internal_lr is None else float(internal_lr)
         self._unit = 1.0  # a scale in the user's units per scale in the tuner's
-        self._nominal_rates: list[float] = []  # of the groups, see `rates`; 0 while it is not known
+        self._nominal: dict[Tensor | None, float] = {}  # rates of the groups, by their first parameter: see `rates`
         self._unit_is_settled = False
         self._find_unit()
         self._in_step = False
+        self._restored: dict[str, bool] = {}  # what was loaded since the last step, and if that is of another step
         _Guard.stand_before(self)
         self._parameter_count = 0
         self._steps = 0  # taken, as far as the host knows
@@ -146,6 +161,21 @@ class Updater:
     def __getstate__(self) -> dict[str, Any]:
         # What a `step` would need of the `mechanic.step()` before it is not in a copy.
         return {**self.__dict__, "_parameter_count": -1} if self._pending else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _Guard.stand_before(self)  # copies of optimizers have no hooks
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(kind for kind in self._kinds().values() if kind is not None)
+        options = {
+            "store_delta": (self.displacement.store_delta, True),
+            "cpu_offload": (self.displacement.offload, False),
+            "internal_lr": (self._internal_lr, 1.0),
+            "nonfinite": (self.nonfinite, "skip"),
+        }
+        changed = "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
+        return f"Updater({kinds}{changed}, steps={self._steps})"
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -316,15 +346,16 @@ class Updater:
         return evaluate
 
     def _step_schedule(self, schedule: Any) -> None:
-        if self._epoch is not None and schedule.last_epoch > self._epoch and not self._warned_of_epoch:
+        epoch = _epoch_of(schedule)
+        if None not in (epoch, self._epoch) and epoch > self._epoch and not self._warned_of_epoch:
             self._warned_of_epoch = True
             warnings.warn(
-                f"Since the last updater.step() the schedule went from step {self._epoch} to {schedule.last_epoch}. "
+                f"Since the last updater.step() the schedule went from step {self._epoch} to {epoch}. "
                 "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater.",
                 stacklevel=5,  # the frames between are of `step` and its decorator
             )
         schedule.step()
-        self._epoch = getattr(schedule, "last_epoch", None)
+        self._epoch = _epoch_of(schedule)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -379,8 +410,13 @@ class Updater:
             )
         if isinstance(self.base_optimizer, torch.optim.ASGD | torch.optim.Rprop):
             raise ValueError(
-                f"hand_off() cannot rescale a {type(self.base_optimizer).__name__}: its state holds step sizes. "
+                f"hand_off() cannot rescale {type(self.base_optimizer).__name__}: its state holds step sizes. "
                 "Keep tuning, or start a new optimizer with lr multiplied by float(mechanic.scale)."
+            )
+        if isinstance(self.base_optimizer, getattr(torch.optim, "Adafactor", ())):  # torch 2.4 has none
+            raise ValueError(
+                "hand_off() cannot rescale torch's Adafactor: it steps at min(lr, 1/√t), which would be another rate "
+                "from here on. Keep tuning."
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
@@ -427,6 +463,7 @@ class Updater:
         """
         self._check_open()
         tuning = ("scale", "unit", "nominal_rates", "steps", "displacement")
+        numbers_of = {"scale": Tensor, "unit": numbers.Real, "nominal_rates": list, "steps": numbers.Integral}
         check_version(state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "dtypes", *tuning))
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
@@ -434,6 +471,7 @@ class Updater:
                     f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
                     f"{part}={kind}. Build it as it was when saved."
                 )
+        check_entries(state_dict, "Updater", numbers_of)
         self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
         expected = [len(group["params"]) for group in self.param_groups]
@@ -441,13 +479,14 @@ class Updater:
             raise ValueError(
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
-        if self.lr_scheduler is not None:
-            load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])
-            self._epoch = None
         base_optimizer = state_dict["base_optimizer"]
-        # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
-        self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
-        keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
+        with undone_on_error(self.base_optimizer):
+            # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
+            self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
+            keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
+            if self.lr_scheduler is not None:
+                load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])
+        self._epoch = None
         self._load_tuning(*(state_dict[key] for key in tuning))
 
     def _count(self) -> int:
@@ -468,13 +507,19 @@ class Updater:
         displacement: dict[int, dict[str, Tensor]],
     ) -> None:
         """Take up a saved scale (in the tuner's units), `unit`, nominal rates, number of steps, and displacement."""
-        self._nominal_rates = list(nominal_rates[: len(self.param_groups)])
+        self._nominal = dict(zip(map(_first, self.param_groups), nominal_rates, strict=False))
+        self._restored["Updater"] = steps != self._count()
         self._steps = steps
         self._taken.fill_(steps)
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
+
+    @property
+    def _nominal_rates(self) -> list[float]:
+        """Of the groups, as they are now; 0 while it is not known."""
+        return [self._nominal.get(_first(group), 0.0) for group in self.param_groups]
 
     @property
     def _factor(self) -> Tensor:
@@ -510,6 +555,17 @@ class Updater:
         if not self._parameters():
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
+    def _check_restored(self) -> None:
+        """Raise RuntimeError if the state of another step was loaded by one of `Updater` and `Mechanic` only."""
+        if list(self._restored.values()) == [True]:
+            loaded, other = sorted(("Updater", "Mechanic"), key=self._restored.__contains__, reverse=True)
+            raise RuntimeError(
+                f"The {loaded} has loaded the state of another step, and the {other} has not; expected both. Call "
+                f"{other.lower()}.load_state_dict() too. To learn the scale anew, then call mechanic.hand_off(), and "
+                "build a new Updater and Mechanic."
+            )
+        self._restored = {}
+
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__
         optimizer = getattr(self.base_optimizer, "kind", type(self.base_optimizer).__name__)
@@ -525,14 +581,14 @@ class Updater:
                     f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
                 )
             self._unit = unit
-        self._nominal_rates = [rates.nominal(group) for group in self.param_groups]
+        self._nominal = {_first(group): rates.nominal(group) for group in self.param_groups}
 
     def _settle_unit(self) -> None:
-        """Look again at the first step: a scheduler built since may have set other rates. Groups may join later."""
+        """Look again at the first step: a scheduler built since may have set other rates. Groups may join or leave."""
+        self._check_restored()
         if self._unit_is_settled:
-            known = self._nominal_rates + [0.0] * (len(self.param_groups) - len(self._nominal_rates))
-            pairs = zip(known, self.param_groups, strict=True)
-            self._nominal_rates = [rate or rates.nominal(group) for rate, group in pairs]
+            pairs = zip(self._nominal_rates, self.param_groups, strict=True)
+            self._nominal = {_first(group): rate or rates.nominal(group) for rate, group in pairs}
         elif any(float(group["lr"]) for group in self.param_groups):  # else torch has an optimizer set up its state
             self._find_unit()
             self._unit_is_settled = True
@@ -615,6 +671,30 @@ class _NotFiniteError(Exception):
     """Raised in a base step that has to be skipped."""
 
 
+def _first(group: dict[str, Any]) -> Tensor | None:
+    """What a group is known by: loading and copying make new dicts of groups, and groups may change places."""
+    return next(iter(group["params"]), None)
+
+
+def _epoch_of(schedule: Any) -> Any:
+    """How many steps a schedule has taken, or ``None`` if it does not say; the parts of a chained one do."""
+    if isinstance(schedule, lr_scheduler.ChainedScheduler):
+        return _epoch_of(schedule._schedulers[0])
+    return getattr(schedule, "last_epoch", None)
+
+
+def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:
+    kind, example = type(optimizer).__name__, "as in Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
+    if isinstance(optimizer, type):
+        return TypeError(f"optimizer is the class {optimizer.__name__}; expected an object of it, {example}")
+    if hasattr(lr_scheduler, "param_groups"):
+        return TypeError(
+            f"optimizer is of type {kind}, and lr_scheduler of type {type(lr_scheduler).__name__}; "
+            "the two seem swapped: expected Updater(optimizer, lr_scheduler)."
+        )
+    return TypeError(f"optimizer is of type {kind}; expected a torch.optim.Optimizer, {example}")
+
+
 class _Guard:
     """A hook of the base optimizer that refuses steps which its `Updater` does not take."""
 
@@ -647,6 +727,6 @@ def check_kind(kind: type) -> None:
     """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach."""
     if hasattr(kind, "train") and hasattr(kind, "eval"):
         raise TypeError(
-            f"The optimizer is a {kind.__name__}, which keeps two sets of weights and switches between them with "
+            f"The optimizer is of type {kind.__name__}, which keeps two sets of weights and switches between them with "
             "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
         )

@@ -48,6 +48,17 @@ def messages(gradient: Gradient, cls: type[torch.optim.Optimizer] = torch.optim.
     return [str(warning.message) for warning in caught]
 
 
+def test_the_drop_in_warns_at_the_line_that_steps() -> None:
+    weight = torch.nn.Parameter(torch.ones(20))
+    optimizer = mechanize(torch.optim.SGD)([weight], lr=1.0)
+    weight.grad = torch.zeros(20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(STEPS):
+            optimizer.step()
+    assert [(warning.category, warning.filename) for warning in caught] == [(ScaleWarning, __file__)]
+
+
 def noise(step: int) -> Tensor:
     return torch.randn(20, generator=torch.Generator().manual_seed(step))
 

@@ -33,6 +33,22 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("schedule", [False, True])
+def test_warnings_are_of_the_line_that_steps(schedule: bool) -> None:
+    """A scheduler wraps the step of the optimizer's object once more."""
+    model = make_net()
+    optimizer = make(model, store_delta=False)
+    if schedule:
+        lr_scheduler.StepLR(optimizer, 1000)
+    train(model, optimizer, range(20))
+    with torch.no_grad():
+        model.out.weight.add_(0.25)
+    backward(model, 20)
+    with pytest.warns(UserWarning, match="Parameters were changed between steps") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_the_published_one_liner_and_options() -> None:
     model = make_net()
     optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 
 from manic.tuner import Sums, TunerState
+from manic.warn import warn
 
 WINDOW = 64  # steps before a check that it looks at
 FIRST = 128  # the first check; the others are at the powers of two after it
@@ -117,8 +117,7 @@ class Diagnosis:
     def _tell(self, ailment: str, message: str) -> None:
         if ailment not in self._told:
             self._told.add(ailment)
-            # The frames between are of `watch`, `Mechanic.step` and its no_grad.
-            warnings.warn(f"{message} See docs/troubleshooting.md.", ScaleWarning, stacklevel=8)
+            warn(f"{message} See docs/troubleshooting.md.", ScaleWarning)
 
 
 def _turns(scales: tuple[float, ...]) -> int:

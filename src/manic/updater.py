@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import numbers
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from manic.checkpoint import (
 from manic.displacement import Displacement, scale_dtype
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
+from manic.warn import warn
 
 logger: logging.Logger = logging.getLogger("manic")
 
@@ -219,10 +219,9 @@ class Updater:
         self._parameter_count = len(parameters)
         if self.displacement.refresh(parameters, self._scale) and not self._warned_of_change:
             self._warned_of_change = True
-            warnings.warn(
+            warn(
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
-                "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
-                stacklevel=7,  # the frames between are of `Mechanic.step`, and of decorators
+                "from zero; if this happens at every step (weight clipping, say), use store_delta=True."
             )
         return self.displacement.sums(self._scale, complete=complete), self._scale
 
@@ -349,10 +348,9 @@ class Updater:
         epoch = _epoch_of(schedule)
         if None not in (epoch, self._epoch) and epoch > self._epoch and not self._warned_of_epoch:
             self._warned_of_epoch = True
-            warnings.warn(
+            warn(
                 f"Since the last updater.step() the schedule went from step {self._epoch} to {epoch}. "
-                "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater.",
-                stacklevel=5,  # the frames between are of `step` and its decorator
+                "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater."
             )
         schedule.step()
         self._epoch = _epoch_of(schedule)

@@ -261,7 +261,7 @@ class Mechanic:
         scales = self._state.scales
         state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._configure(config)
-        self.updater._restored["Mechanic"] = state_dict["steps"] != self._steps - self.updater._pending
+        self.updater._restored.add("Mechanic")
         self._steps = state_dict["steps"]
         self._diagnosis = Diagnosis()
         self._skipped.copy_(state_dict["skipped"])

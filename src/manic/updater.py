@@ -148,7 +148,7 @@ class Updater:
         self._unit_is_settled = False
         self._find_unit()
         self._in_step = False
-        self._restored: dict[str, bool] = {}  # what was loaded since the last step, and if that is of another step
+        self._restored: set[str] = set()  # what has loaded the state of another step since the last
         _Guard.stand_before(self)
         self._parameter_count = 0
         self._steps = 0  # taken, as far as the host knows
@@ -506,7 +506,8 @@ class Updater:
     ) -> None:
         """Take up a saved scale (in the tuner's units), `unit`, nominal rates, number of steps, and displacement."""
         self._nominal = dict(zip(map(_first, self.param_groups), nominal_rates, strict=False))
-        self._restored["Updater"] = steps != self._count()
+        if steps != self._count():
+            self._restored.add("Updater")
         self._steps = steps
         self._taken.fill_(steps)
         self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
@@ -554,15 +555,14 @@ class Updater:
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
     def _check_restored(self) -> None:
-        """Raise RuntimeError if the state of another step was loaded by one of `Updater` and `Mechanic` only."""
-        if list(self._restored.values()) == [True]:
-            loaded, other = sorted(("Updater", "Mechanic"), key=self._restored.__contains__, reverse=True)
+        """Raise RuntimeError if only the `Updater` goes on from another step: the scale would not be learned any more."""
+        if self._restored == {"Updater"}:
             raise RuntimeError(
-                f"The {loaded} has loaded the state of another step, and the {other} has not; expected both. Call "
-                f"{other.lower()}.load_state_dict() too. To learn the scale anew, then call mechanic.hand_off(), and "
+                "The Updater has loaded the state of another step, and the Mechanic has not; expected both. Call "
+                "mechanic.load_state_dict() too. To learn the scale anew, then call mechanic.hand_off(), and "
                 "build a new Updater and Mechanic."
             )
-        self._restored = {}
+        self._restored = set()
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__

@@ -555,7 +555,7 @@ class Updater:
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
     def _check_restored(self) -> None:
-        """Raise RuntimeError if only the `Updater` goes on from another step: the scale would not be learned any more."""
+        """Raise RuntimeError if the `Updater` goes on from another step alone: no scale would be learned."""
         if self._restored == {"Updater"}:
             raise RuntimeError(
                 "The Updater has loaded the state of another step, and the Mechanic has not; expected both. Call "

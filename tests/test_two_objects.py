@@ -523,6 +523,22 @@ def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta
     assert torch.equal(flat(model), before)
 
 
+def test_steps_that_are_skipped_in_a_row_are_told_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    for bad, told in (10, 4), (1, 1):  # 1, 2, 4, 8; 1
+        train(model, updater, mechanic, range(5))
+        caplog.clear()
+        for _ in range(bad):
+            backward(model, 0)
+            assert model.gain.grad is not None
+            model.gain.grad.fill_(math.nan)
+            mechanic.step()
+            updater.step()
+        assert len(caplog.records) == told
+    assert "after step 10" in caplog.text
+
+
 def test_where_a_bad_gradient_is_refused_no_step_is_pending() -> None:
     model = make_net()
     updater, mechanic = pair(model)

@@ -151,7 +151,7 @@ class Updater:
         self._restored: set[str] = set()  # what has loaded the state of another step since the last
         _Guard.stand_before(self)
         self._parameter_count = 0
-        self._steps = 0  # taken, as far as the host knows
+        self._steps = self._skipped = 0  # taken, as far as the host knows, and skipped since
         device = self._parameters()[0].device
         self._scale = torch.zeros((), device=device, dtype=scale_dtype(device))
         self._next_scale = self._scale.clone()
@@ -294,7 +294,7 @@ class Updater:
             if isinstance(error, _NotFiniteError):
                 return self._skip()
             raise
-        self._pending, self._begin = False, None
+        self._pending, self._begin, self._skipped = False, None, 0
         for hook in list(getattr(self.base_optimizer, "_optimizer_step_post_hooks", {}).values()):
             hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -324,7 +324,10 @@ class Updater:
 
     def _skip(self) -> None:
         self._pending = False
-        logger.warning("A step was skipped: its gradient or h is not finite.")
+        self._skipped += 1
+        if self._skipped & (self._skipped - 1) == 0:  # 1, 2, 4, 8, …
+            count = f", {self._skipped} in a row by now: are the parameters finite?" if self._skipped > 1 else "."
+            logger.warning("A step was skipped after step %d: its gradient or h is not finite%s", self._steps, count)
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, which ends the step where it leaves gradients that are not finite."""

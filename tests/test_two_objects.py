@@ -874,6 +874,22 @@ def test_parameters_without_gradients_still_move_with_the_scale() -> None:
     assert not torch.equal(model.gain.detach(), gain)
 
 
+def test_hand_off_with_a_schedule_that_was_not_given() -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = lr_scheduler.LambdaLR(base, lambda step: 1.0)
+    updater = Updater(base)
+    mechanic = Mechanic(updater)
+    train(model, updater, mechanic, range(20))
+    (rate,), scale = updater.get_last_lr(), float(mechanic.scale)
+    with pytest.warns(UserWarning, match=f"multiply its rates .* by {scale:.6g}"):
+        mechanic.hand_off()
+    schedule.base_lrs = [lr * scale for lr in schedule.base_lrs]
+    base.step()
+    schedule.step()
+    assert base.param_groups[0]["lr"] == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "one_cycle", "cyclic", "cosine_floor"])
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw", "rmsprop"])
 def test_hand_off_goes_on_as_a_frozen_scale(optimizer: str, scheduler: str) -> None:

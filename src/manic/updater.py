@@ -419,6 +419,11 @@ class Updater:
                 "hand_off() cannot rescale torch's Adafactor: it steps at min(lr, 1/√t), which would be another rate "
                 "from here on. Keep tuning."
             )
+        if self.lr_scheduler is None and any("initial_lr" in group for group in self.param_groups):
+            warn(
+                f"A schedule that Updater was not given sets the rates again at its next step, without the scale: "
+                f"multiply its rates (base_lrs, as a rule) by {scale:.6g}, or give it to Updater."
+            )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
         self._handed_off = True

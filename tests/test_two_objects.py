@@ -47,6 +47,16 @@ def train(model: nn.Module, updater: Updater, mechanic: Mechanic, steps: range, 
     return loss
 
 
+def pending(**options: Any) -> tuple[Net, Updater, Mechanic, torch.Tensor]:
+    """A run of which only ``updater.step()`` of step 31 is missing, and its parameters."""
+    model = make_net()
+    updater, mechanic = pair(model, **options)
+    train(model, updater, mechanic, range(30))
+    backward(model, 30)
+    mechanic.step()
+    return model, updater, mechanic, flat(model)
+
+
 def evaluate(model: nn.Module, dtype: torch.dtype = torch.float64) -> float:
     with torch.no_grad():
         return sum(float(loss_of(model, step, dtype)) for step in range(500, 520)) / 20
@@ -495,10 +505,8 @@ def test_closure() -> None:
 
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta: bool) -> None:
-    model = make_net()
-    updater, mechanic = pair(model, store_delta=store_delta)
-    train(model, updater, mechanic, range(30))
-    before, state = flat(model), copy.deepcopy(updater.base_optimizer.state_dict())
+    model, updater, mechanic, before = pending(store_delta=store_delta)
+    state = copy.deepcopy(updater.base_optimizer.state_dict())
 
     def closure() -> torch.Tensor:
         loss = backward(model, 30)
@@ -506,8 +514,6 @@ def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta
         model.gain.grad.fill_(math.nan)
         return loss
 
-    backward(model, 30)
-    mechanic.step()
     assert updater.step(closure) is None
     assert torch.equal(flat(model), before)
     assert_same_bits(updater.base_optimizer.state_dict(), state)
@@ -559,12 +565,7 @@ def test_where_a_bad_gradient_is_refused_no_step_is_pending() -> None:
 
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_what_others_do_between_the_two_calls_is_kept(store_delta: bool) -> None:
-    model = make_net()
-    updater, mechanic = pair(model, store_delta=store_delta)
-    train(model, updater, mechanic, range(30))
-    before = flat(model)
-    backward(model, 30)
-    mechanic.step()
+    model, updater, _, before = pending(store_delta=store_delta)
     with torch.no_grad():
         model.gain.fill_(5.0)
     updater.step()
@@ -598,13 +599,7 @@ def test_the_displacement_of_a_frozen_layer_restarts_with_the_others(store_delta
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_a_failing_base_step_leaves_the_parameters(store_delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base step at the internal rate throws parameters far away; an interrupt there must not leave them so."""
-    model = make_net()
-    updater, mechanic = pair(model, lr=1e-3, store_delta=store_delta)
-    train(model, updater, mechanic, range(30))
-    before = flat(model)
-    backward(model, 30)
-    mechanic.step()
-
+    model, updater, mechanic, before = pending(lr=1e-3, store_delta=store_delta)
     base = updater.base_optimizer
     monkeypatch.setattr(base, "step", failing_step(base, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -623,12 +618,7 @@ def test_an_interrupt_in_the_move_leaves_a_point_near_the_last(
     """And not some parameters at the base optimizer's internal rate."""
     monkeypatch.setattr("manic.displacement.PACK", 1)
     monkeypatch.setattr("manic.displacement.FEW", 1)  # one bucket a parameter
-    model = make_net()
-    updater, mechanic = pair(model, store_delta=store_delta)
-    train(model, updater, mechanic, range(30))
-    before = flat(model)
-    backward(model, 30)
-    mechanic.step()
+    model, updater, mechanic, before = pending(store_delta=store_delta)
     move, calls = updater.displacement._buckets[0].kernels.move, []
 
     def interrupt(*args: object) -> None:

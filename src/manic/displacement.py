@@ -241,7 +241,7 @@ class Part:
                     slot.write(part)
 
     def put_back(self, x: Tensor) -> None:
-        """The same, also to parameters that are in other memory by now."""
+        """`put`, also to parameters that a base step has left in other memory."""
         self.put(x)
         for part, slot in zip(x.split(self._sizes), self._slots, strict=True):
             if slot.is_moved():
@@ -459,7 +459,7 @@ class Displacement:
         return lost
 
     def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> None:
-        """Do so once more if anything was changed since."""
+        """`refresh` once more, if others have changed anything since the last."""
         if any(slot.is_changed() for slot in self._active):
             joined = self.joined
             self.refresh(parameters, scale)

@@ -121,7 +121,7 @@ RESCALED = 0.5  # α
 LEARNS = 3**5  # T
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
-PREMIUM = 3  # the rate stays until the schedule has fallen to a third, where h is signal
+PREMIUM = 3  # the rate stays until the schedule has fallen to a third of what it was at T, where h is signal
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
@@ -413,7 +413,8 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
-    return TunerState(s * premium, *state[1:5], q, p, peak, top, z, premium, k)
+    s = s * premium
+    return state._replace(scales=s, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

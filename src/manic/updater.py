@@ -212,6 +212,7 @@ class Updater:
             ValueError: a gradient is sparse, or a group has ``maximize=True``.
         """
         self._check_open()
+        self._check_restored()
         self._check_groups()
         self._settle_unit()
         parameters = self._parameters()
@@ -591,7 +592,6 @@ class Updater:
 
     def _settle_unit(self) -> None:
         """Look again at the first step: a scheduler built since may have set other rates. Groups may join or leave."""
-        self._check_restored()
         if self._unit_is_settled:
             pairs = zip(self._nominal_rates, self.param_groups, strict=True)
             self._nominal = {_first(group): rate or rates.nominal(group) for rate, group in pairs}

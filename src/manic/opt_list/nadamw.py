@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import chain
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.opt_list.configs import check_training_steps, config_for_idx, lr_factor
+from manic.warn import warn
 
 Tensors = list[Tensor]
 Bucket = tuple[Tensors, Tensors, Tensors, Tensors]  # x, g, m and v of parameters that are stepped together
@@ -159,11 +159,10 @@ class NAdamW(Optimizer):
         if group["training_steps"] is None:
             return 1.0
         if group["step"] == group["training_steps"]:
-            warnings.warn(
+            warn(
                 f"This is step {group['step'] + 1} of a schedule of training_steps={group['training_steps']}: the "
                 f"learning rate stays at its end, {group['final_lr_fraction']:g} × lr. Give the number of steps of the "
-                "whole training when you build the optimizer.",
-                stacklevel=5,
+                "whole training when you build the optimizer."
             )
         schedule = (group[name] for name in ("warmup_fraction", "constant_fraction", "final_lr_fraction"))
         return lr_factor(group["step"], group["training_steps"], *schedule)

@@ -37,9 +37,9 @@ class Mechanic:
             moves the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
-        steps_per_epoch: how many steps a pass over the data takes, ``len(loader)`` as a rule, for the rule ``"manic"``.
-            From step 244 on the scale then falls the more by the noise of gradients the more often their rows were
-            seen before, and not at all in the first pass. ``math.inf``: no row comes twice. ``None``: not known.
+        steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
+            From step 244 on noise then lowers the scale the more, the more often its rows were seen before, and not
+            at all in the first epoch. ``math.inf``: no row comes twice. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.

@@ -91,8 +91,8 @@ What each rule does that the paper as printed does not:
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13).
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
-    counts in z about as often as its rows were seen before, if the steps E of a pass over the data are given: s does
-    not fall in the first pass, and as 1/t in many. If they are not, every step counts once.
+    counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
+    the first epoch, and as 1/t in many. If they are not, every step counts once.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
     gradients are signal, the rate stays as it was learned until the schedule has fallen to a third of what it was at
@@ -125,7 +125,7 @@ PREMIUM = 3  # the rate stays until the schedule has fallen to a third of what i
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
-    "steps_per_epoch": " It is how many steps a pass takes, as in len(loader); math.inf if no row ever comes again.",
+    "steps_per_epoch": " It is how many steps an epoch takes, as in len(loader); math.inf if no row ever comes again.",
 }
 
 
@@ -140,8 +140,8 @@ class TunerConfig:
         s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
         eps: ε > 0, of the published rules.
         max_scale: the largest scale allowed, or ``None``.
-        steps_per_epoch: E > 0, the steps that a pass over the data takes, for the rule ``manic``; infinite if no row
-            comes twice, ``None`` if it is not known.
+        steps_per_epoch: E > 0, the steps that an epoch takes, for the rule ``manic``; infinite if no row comes twice,
+            ``None`` if it is not known.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -292,7 +292,7 @@ def seen(step: Any, config: TunerConfig) -> Any:
     """e: how often the rows of a step, counted from 1, were seen before, about; of numbers and tensors as `restarts`.
 
     Returns:
-        ``None`` if the steps of a pass are not known.
+        ``None`` if the steps of an epoch are not known.
 
     Example:
         >>> [seen(step, TunerConfig(steps_per_epoch=100)) for step in (50, 100, 250)], seen(50, TunerConfig())

@@ -50,8 +50,8 @@ class Updater:
             bus in blocks of 16 MiB: the accelerator carries no extra copy, and the run is the same. What
             ``optimizer.state`` of a mechanized optimizer shows of them may lag behind; its state dict does not.
         internal_lr: the base optimizer steps with every group's lr times internal_lr / (largest initial lr), so that
-            the run does not depend on a common factor in lr, not even through rounding. ``None`` steps at the lr
-            given, as the published implementations do.
+            the run does not depend on a common factor in lr: bit for bit in float32, but for rounding in float64.
+            ``None`` steps at the lr given, as the published implementations do.
             With parameters so large beside their gradients that a step at rate 1 is lost to rounding (SGD in bfloat16),
             give a larger one, such as 1e3.
         nonfinite: what to do about a step whose gradient or h is not finite: ``"skip"`` it, or ``"raise"``. On an

@@ -235,7 +235,11 @@ class Mechanic:
         Raises:
             RuntimeError: the scale is still zero.
             TypeError: this is the ``mechanic`` of a mechanized optimizer, which has no plain one to give back.
-            ValueError: it is not known which of the scheduler's numbers are rates; nothing was changed.
+            ValueError: it is not known which of the scheduler's numbers are rates, or the optimizer is one of torch's
+                ``ASGD``, ``Rprop`` and ``Adafactor``, which cannot be rescaled; nothing was changed.
+
+        Warns:
+            UserWarning: a schedule that the updater was not given will set the rates again.
         """
         return self.updater.hand_off()
 

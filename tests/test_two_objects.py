@@ -636,6 +636,21 @@ def test_an_interrupt_in_the_move_leaves_a_point_near_the_last(
     assert relative_difference(flat(model), before) < 0.5
 
 
+def test_after_an_interrupt_in_the_first_move_a_start_is_still_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, s_init=None)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(updater.displacement, "move", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, updater, mechanic, range(1))
+    monkeypatch.undo()
+    train(model, updater, mechanic, range(3))
+    assert float(mechanic.scale) > 0
+
+
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
 def test_frozen_parameters_with_a_leftover_gradient_move_as_in_torch(optimizer: str) -> None:
     """torch steps whatever has a gradient; at the effective rate, not at the internal one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -214,12 +215,14 @@ class Mechanic:
 
         On an accelerator, which is not asked whether it has been found: after steps 1, 2, 4, 8, …
         """
-        return not (self._started or isinstance(taken, Tensor) or (not self._betas.is_cpu and taken & (taken + 1)))
+        found = self._found_at < self._steps  # and that step was not broken off
+        return not (found or isinstance(taken, Tensor) or (not self._betas.is_cpu and taken & (taken + 1)))
 
     def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
-        self._started = self._state.start.is_cpu and bool(self._state.start.any())
+        if self._state.start.is_cpu and self._state.start.any():
+            self._found_at = self._steps
         return self._state.scales.sum()
 
     def hand_off(self) -> tuple[Optimizer, Any]:
@@ -286,7 +289,7 @@ class Mechanic:
 
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
-        self._started = False  # whether s_init has been seen to be known; no device is asked
+        self._found_at = math.inf  # the step at which s_init was seen to be known; no device is asked
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
         self.updater.displacement.rescaled = config.rescaled
         self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps

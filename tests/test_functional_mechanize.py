@@ -196,6 +196,18 @@ def test_is_pure():
     assert float(state.scale) > 0
 
 
+@pytest.mark.parametrize("rule", ["manic", "paper"])
+def test_whatever_the_default_device(rule):
+    """As ``torch.set_default_device`` sets it."""
+    init, step = mechanize(sgd_step, TunerConfig(rule=rule))
+    config = SGDConfig(lr=1.0)
+    params = {"w": torch.ones(2)}
+    with torch.device("meta"):
+        state = init(params, sgd_init(params, config))
+        moved, state = step(params, params, state, config)
+    assert moved["w"].is_cpu
+
+
 def test_the_reference_is_a_copy():
     params = {"w": torch.ones(2)}
     init, _ = mechanize(sgd_step)

@@ -113,6 +113,22 @@ def test_the_compiled_move_has_the_same_bits(sizes: list[int], dtype: torch.dtyp
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("stored", [True, False])
+def test_whatever_the_default_device(stored: bool, form: Any) -> None:
+    """As ``torch.set_default_device`` sets it."""
+    results = []
+    for device in ("cpu", "meta"):
+        compiled._spare.cache_clear()
+        x, g, reference, delta = tensors(1000, torch.float32)
+        moved, kept = x + g, delta if stored else None
+        with torch.device(device):
+            total = sums(form, x, g, reference, kept)
+            move(form, moved, reference, kept, None if stored else x, WEIGHTS)
+        results.append([total, moved, reference, delta])
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+
 @needs_compiler
 def test_one_compiled_move_serves_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the shapes and number of the parameters, and whether some are equal."""

@@ -393,6 +393,31 @@ def test_changes_by_others_between_steps(monkeypatch: pytest.MonkeyPatch, one_pa
     assert relative_difference(got, expected) < 1e-12
 
 
+@pytest.mark.parametrize("fused_base", [True, False])
+def test_whatever_the_default_device(
+    fused_base: bool, monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]
+) -> None:
+    """As ``torch.set_default_device`` sets it."""
+    monkeypatch.setenv("MANIC_KERNELS", "fused")
+
+    def run(device: str | torch.device) -> Tensor:
+        params = parameters(torch.float64, gaps=False)
+        updater = Updater(AdamW(params, lr=1.0, fused=fused_base))
+        mechanic = Mechanic(updater)
+        for step in range(4):
+            for p in params:
+                p.grad = p.detach().clone()
+            with torch.device(device if step > 1 else DEVICE):  # AdamW sets up its state there
+                mechanic.step()
+                updater.step()
+        return values(params)
+
+    expected = run(DEVICE)
+    del one_pass_steps[:]
+    assert torch.equal(run("meta"), expected)
+    assert one_pass_steps
+
+
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_the_default_rule(store_delta: bool, monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
     """It finds its s_init from the base's first step, which is a step of its own then, and re-centres."""

@@ -138,7 +138,7 @@ def mechanize(
         if constants.s_init is None:
             tuned = _begun(tuned, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)
-        restart = torch.as_tensor(tuner.restarts(steps, constants))
+        restart = torch.zeros_like(steps, dtype=torch.bool) | tuner.restarts(steps, constants)
         new, final = constants.rescaled * next_scale, (1 - constants.rescaled) * next_scale
 
         def move(x: Tensor, after: Tensor, reference: Tensor, delta: Tensor) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ def sums(
     """As `plain.sums`."""
     if xs is None:
         return plain.sums(xs, gs, references, deltas)  # one product, for which BLAS is as fast as memory
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64, device="cpu")
     for x, g, *kept in plain.rows(xs, gs, references, deltas):
         if x.numel() < LEAST or g is None:
             total += _plain_sums(x, g, *kept)
@@ -58,7 +58,7 @@ def move(
     restart: bool | Tensor = False,
 ) -> None:
     """As `plain.move`, of up to `FEW` parts."""
-    restart = torch.as_tensor(restart)
+    restart = torch.as_tensor(restart, device="cpu")
     small, large = [], []
     for row in plain.rows(xs, references, deltas, befores):
         (small if row[0].numel() < LEAST else large).append(row)
@@ -114,10 +114,10 @@ def _spare(dtype: torch.dtype, stored: bool) -> list[Any]:
     """Parts that fill up a call of `_move`, once that is compiled for large parts of any sizes."""
 
     def rows(sizes: Iterable[int]) -> list[Any]:
-        made = [[torch.zeros(size, dtype=dtype) for _ in range(3)] for size in sizes]
+        made = [[torch.zeros(size, dtype=dtype, device="cpu") for _ in range(3)] for size in sizes]
         return [(x, reference, other, None) if stored else (x, reference, None, other) for x, reference, other in made]
 
-    weights, restart = torch.ones(3, dtype=torch.float64), torch.tensor(False)
+    weights, restart = torch.ones(3, dtype=torch.float64, device="cpu"), torch.tensor(False, device="cpu")
     sizes = range(1 << 16, (1 << 16) + FEW)  # equal ones would be compiled in
     _run(_move, _plain_move, rows(sizes), weights, restart)
     return rows([LEAST] * FEW)

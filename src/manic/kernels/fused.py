@@ -220,9 +220,9 @@ class OnePass:
         if not held:
             return
         torch._foreach_add_([step for _, step in held], 1)  # type: ignore
-        betas = torch.tensor([self._numbers[self._group_of[i]][1:3] for i, _ in held], dtype=torch.float64)
-        corrections = torch.ones(count, 2, dtype=torch.float64)
         steps = torch.stack([step for _, step in held]).double()
+        betas = steps.new_tensor([self._numbers[self._group_of[i]][1:3] for i, _ in held])
+        corrections = steps.new_ones(count, 2)
         corrections[[i for i, _ in held]] = 1 - betas ** steps.unsqueeze(1)
         if device.type == "cuda":
             corrections = corrections.pin_memory()

@@ -391,7 +391,7 @@ class Table:
 
 def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Numbers as a tensor in memory from which a copy need not be waited for, and that copy."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return host, host.to(device, non_blocking=True)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -123,6 +125,23 @@ def test_copies_go_on_the_same_way(name: str, store_delta: bool, copy_of: Any) -
     assert torch.equal(flat(twin_model), flat(model))
     p = twin_model.gain
     assert torch.equal(twin.state[p]["reference"], twin.state_dict()["state"][0]["reference"])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_its_memory_is_free_as_soon_as_it_is_dropped(copied: bool) -> None:
+    model = make_net()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    if copied:
+        model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+        train(model, optimizer, range(2, 4))
+    slot = weakref.ref(optimizer.updater.displacement.slots[model.gain])
+    gc.disable()
+    try:
+        del optimizer
+        assert slot() is None
+    finally:
+        gc.enable()
 
 
 def test_a_subclass_stays_itself() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, cast
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch.optim import Optimizer
@@ -276,12 +276,25 @@ class _Mechanized(Optimizer):
 
 
 class _Base:
-    """The base optimizer inside a mechanized one, as its `Updater` sees it: same groups, the step without hooks."""
+    """The base optimizer inside a mechanized one, as its `Updater` sees it: same groups, the step without hooks.
+
+    It does not keep that optimizer alive: in a cycle, all its memory would wait for the garbage collector.
+    """
 
     def __init__(self, outer: _Mechanized) -> None:
-        self._outer = outer
+        self._weak = ref(outer)
         self.kind = outer._base.__name__
         self._step_supports_amp_scaling = getattr(outer, "_step_supports_amp_scaling", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weak": self._outer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _weak=ref(state["_weak"]))
+
+    @property
+    def _outer(self) -> Any:
+        return self._weak()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -297,7 +310,7 @@ class _Base:
         return self._outer._base if self._outer._is_mirrored() else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        outer: Any = self._outer
+        outer = self._outer
         step: Any = outer._base.step
         while getattr(step, "hooked", False):
             step = step.__wrapped__

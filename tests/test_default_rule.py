@@ -516,6 +516,7 @@ def test_no_number_is_copied_to_the_device(steps_per_epoch: float | None, monkey
     updater = Updater(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0))
     mechanic = Mechanic(updater, steps_per_epoch=steps_per_epoch)
     monkeypatch.setattr(torch, "as_tensor", guarded)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *arguments: seen.append(arguments))
     weight = updater._parameters()[0]
     for _ in range(250):
         weight.grad = weight.detach().clone()

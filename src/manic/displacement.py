@@ -576,13 +576,14 @@ class Displacement:
     def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
         assert self._reduction is not None
-        total = like.new_zeros(3)
+        squares, count = like.new_zeros(2), 0.0
         for bucket in self._buckets:
             for x, reference in bucket.pairs():
                 before = reference.to(x.device)
-                norms = [torch.linalg.vector_norm(part, dtype=like.dtype).square() for part in (before, x - before)]
-                total.add_(torch.stack([*norms, norms[0].new_tensor(x.numel())]).to(like), alpha=bucket.share)
-        return self._reduction(total).unbind()  # type: ignore
+                norms = [torch.linalg.vector_norm(part, dtype=like.dtype) for part in (before, x - before)]
+                squares.add_(torch.stack(norms).square().to(like), alpha=bucket.share)
+                count += bucket.share * x.numel()
+        return self._reduction(torch.cat([squares, squares.new_full((1,), count)])).unbind()  # type: ignore
 
     def state(self, parameters: list[Tensor], scale: Tensor) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place.

@@ -184,8 +184,9 @@ class Mechanic:
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
-        # A replay of a CUDA graph runs no Python: there the device counts, and decides.
-        taken = self.updater._taken if _is_captured(scale) else self.updater._steps
+        # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
+        self._captured |= _is_captured(scale)
+        taken = self.updater._taken if self._captured else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, None
@@ -290,6 +291,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._found_at = math.inf  # the step at which s_init was seen to be known; no device is asked
+        self._captured = False  # a step, in a CUDA graph, whose replays the host does not count
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
         self.updater.displacement.rescaled = config.rescaled
         self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps

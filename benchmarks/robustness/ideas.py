@@ -189,6 +189,7 @@ FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 PREMIUM = Idea(rises=math.inf)
+CHARGED = Idea(s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
@@ -315,6 +316,14 @@ IDEAS = {
     "**…, a premium of 3 where h is signal**": PREMIUM,
     "**…, from T on: the default**": Idea(),
     "…, from T on, and half as much again": Idea(rises=1.5),
+    "…, from T on, λ = 0.005 until then": replace(CHARGED, s_decay=0.005),
+    "…, from T on, λ = 0.01 until then": CHARGED,
+    "…, from T on, λ = 0.02 until then": replace(CHARGED, s_decay=0.02),
+    "…, from T on, λ = 0.005 until then, losses count 0.8": replace(CHARGED, s_decay=0.005, losses=0.8),
+    "…, from T on, λ = 0.01 until then, losses count 0.8": replace(CHARGED, losses=0.8),
+    "…, from T on, λ = 0.01 until then, losses count 0.7": replace(CHARGED, losses=0.7),
+    "…, from T on, λ = 0.01 until then, losses count 0.7, forgetting half": replace(CHARGED, losses=0.7, kept=0.5),
+    "…, from T on, forgetting half each time until then": Idea(kept=0.5),
     "…, a premium of 1.5 where h is signal": replace(PREMIUM, premium=1.5),
     "…, a premium of 2 where h is signal": replace(PREMIUM, premium=2.0),
     "…, a premium of 4 where h is signal": replace(PREMIUM, premium=4.0),
@@ -323,6 +332,12 @@ IDEAS = {
     "…, a premium of 4 where h is signal, to the power of c²": replace(PREMIUM, premium=4.0, gate=2.0),
     "with the epoch given": TOLD,
     "with the epoch given, the premium from T on": replace(TOLD, rises=1.0),
+    "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.7": replace(
+        CHARGED, losses=0.7, seen="before"
+    ),
+    "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.8": replace(
+        CHARGED, losses=0.8, seen="before"
+    ),
     "with the epoch given, this pass counts too": replace(TOLD, seen="so far"),
     "with the epoch given, the root of the passes": replace(TOLD, seen="root"),
     "with the epoch given, ten passes at most": replace(TOLD, seen="to ten"),

@@ -74,6 +74,12 @@ def test_no_gradient() -> None:
     assert "The norm of the gradient was 0 to 0. " in message
 
 
+def test_steps_in_a_graph_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may not be asked while they are captured, and replays write over what they left."""
+    monkeypatch.setattr("manic.mechanic._is_captured", lambda scale: True)
+    assert not messages(lambda x, step: 0 * x)
+
+
 def test_the_paper_s_rule_that_never_starts() -> None:
     (message,) = messages(lambda x, step: x + 0, rule="paper")
     assert "at its start, 0: " in message

@@ -160,7 +160,7 @@ class Mechanic:
         again before ``updater.step()``, it replaces what it computed first.
 
         At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
-        stays at its start, runs away or oscillates.
+        stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph.
 
         Args:
             tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
@@ -209,7 +209,8 @@ class Mechanic:
         self.updater._propose(total, finite, begin, restart)
         if tune:
             self._log(h)
-        self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
+        if not self._captured:  # else the device would be asked in the capture, or what is kept be that of a replay
+            self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
     def _seeks(self, taken: int | Tensor) -> bool:
         """Whether to look for the first update that is not zero after the coming step.

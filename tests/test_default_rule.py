@@ -85,6 +85,27 @@ def test_the_start_is_at_the_first_step_that_moves_something() -> None:
     assert relative_difference(flat(model), start) == pytest.approx(FIRST, rel=1e-6)
 
 
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("zeros", [1, 5])
+def test_weight_decay_alone_starts_nothing(zeros: int, store_delta: bool) -> None:
+    """The rate at which it would move the weights by a share of their norm is far too high for gradients."""
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=1e-4)
+    updater = Updater(base, store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    start = flat(model)
+    for step in range(zeros):
+        model.zero_grad()
+        (0 * loss_of(model, step)).backward()
+        mechanic.step()
+        updater.step()
+        assert torch.equal(flat(model), start)
+    backward(model, zeros)
+    mechanic.step()
+    updater.step()
+    assert relative_difference(flat(model), start) == pytest.approx(FIRST, rel=1e-2)
+
+
 def test_a_schedule_is_known_by_its_rates() -> None:
     """OneCycleLR starts at a share of its highest rate, and notes that share as the initial one."""
     models = make_net(), make_net()

@@ -298,7 +298,8 @@ def test_state_survives_a_file(tmp_path: Path):
     assert all(torch.equal(*pair) for pair in zip(tree_leaves(loaded), tree_leaves(state), strict=True))
 
 
-W = {"w": torch.ones(2)}
+ONES, W = torch.ones(2), {"w": torch.ones(2)}
+HEAVY = SGDConfig(lr=1, momentum=0.9)
 ERRORS = [
     (lambda: SGDConfig(lr=-1), ValueError, r"lr is -1; expected a finite number >= 0"),
     (lambda: AdamConfig(lr="1"), TypeError, r"lr is '1'; expected a finite number >= 0"),  # pyright: ignore[reportArgumentType]
@@ -326,7 +327,28 @@ ERRORS = [
     (lambda: step({"w": None}), TypeError, r"grads\['w'\] is None;.*zeros"),
     (lambda: step({"v": torch.ones(2)}), ValueError, r"grads is not a tree like params"),
     (lambda: step(W, {"v": torch.ones(2)}), ValueError, r"state is not a tree like params"),
-    (lambda: step(W, {"w": torch.ones(1)}), ValueError, r"state of params\['w'\].*\[\(1,\), \(1,\)\]; expected \(2,\)"),
+    (
+        lambda: step(W, {"w": torch.ones(1)}),
+        ValueError,
+        r"state of params\['w'\] is .* \(1,\); expected tensors of shape \(2,\)",
+    ),
+    (
+        lambda: functional.sgd_step(ONES, ONES, functional.sgd_init(ONES, SGDConfig(lr=1)), HEAVY),
+        ValueError,
+        r"of params is of type tuple; .*options",
+    ),
+    (
+        lambda: functional.sgd_step(W, W, init(W), HEAVY),
+        TypeError,
+        r"state is of type AdamState; expected the SGDState",
+    ),
+    (lambda: functional.lars_step(W, W, init(W), LARSConfig(lr=1)), TypeError, r"expected the LARSState"),
+    (
+        lambda: functional.adam_step(W, W, functional.sgd_init(W, HEAVY), AdamConfig()),
+        TypeError,
+        r"expected the AdamState",
+    ),
+    (lambda: AdamConfig(betas=0.9), ValueError, r"betas is 0.9; expected two numbers"),  # pyright: ignore[reportArgumentType]
 ]
 
 

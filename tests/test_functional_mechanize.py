@@ -208,6 +208,17 @@ def test_whatever_the_default_device(rule):
     assert moved["w"].is_cpu
 
 
+def test_weight_decay_alone_starts_nothing():
+    init, step = mechanize(sgd_step)
+    config = SGDConfig(lr=1.0, weight_decay=1e-4)
+    params = {"w": torch.ones(2)}
+    state = init(params, sgd_init(params, config))
+    moved, state = step(params, {"w": torch.zeros(2)}, state, config)
+    assert torch.equal(moved["w"], params["w"])
+    moved, state = step(moved, {"w": torch.ones(2)}, state, config)
+    assert distance(moved, params) == pytest.approx(0.03, rel=0.1)
+
+
 def test_the_reference_is_a_copy():
     params = {"w": torch.ones(2)}
     init, _ = mechanize(sgd_step)

@@ -156,6 +156,12 @@ def test_pictures(tmp_path: Path) -> None:
         plot_histories({"nothing": History()}, tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("losses", [[1.0, -1.0], [-1.0, -2.0], [0.0, 0.0], [0.0, 1.0]])
+def test_losses_that_are_not_positive(losses: list[float], tmp_path: Path) -> None:
+    plot_histories({"run": {"step": [1, 2], "loss": losses}}, tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 1000
+
+
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     history, _, _ = recorded(2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -1,6 +1,7 @@
 """`manic.opt_list`: the figures, the schedule, and the optimizer, against an oracle in plain floats."""
 
 import copy
+import fractions
 import io
 import math
 import pickle
@@ -490,3 +491,7 @@ def test_mechanized_it_resumes_bit_for_bit():
     train(model, optimizer, 110)
     for resumed, uninterrupted in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(resumed, uninterrupted)
+
+
+def test_numbers_of_any_kind_are_taken():
+    assert NAdamW([weight_of()], lr=fractions.Fraction(1, 8)).defaults["lr"] == 0.125

@@ -175,7 +175,9 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         step = self._steps + (not self.updater._pending)
-        sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or self._diagnosis.looks_at(step))
+        seeks = self._seeks(step)
+        complete = self._config.s_decay != 0 or seeks or self._diagnosis.looks_at(step)
+        sums, scale = self.updater._observe(complete=complete)
         self._to(scale)
         if not self.updater._pending:
             self._steps = step
@@ -205,24 +207,27 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        begin = partial(self._begin, config) if config.s_init is None and self._seeks(taken) else None
+        begin = partial(self._begin, config, sums.grad_square) if seeks and not self._captured else None
         self.updater._propose(total, finite, begin, restart)
         if tune:
             self._log(h)
         if not self._captured:  # else the device would be asked in the capture, or what is kept be that of a replay
             self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
-    def _seeks(self, taken: int | Tensor) -> bool:
-        """Whether to look for the first update that is not zero after the coming step.
+    def _seeks(self, step: int) -> bool:
+        """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.
 
         On an accelerator, which is not asked whether it has been found: after steps 1, 2, 4, 8, …
         """
-        found = self._found_at < self._steps  # and that step was not broken off
-        return not (found or isinstance(taken, Tensor) or (not self._betas.is_cpu and taken & (taken + 1)))
+        taken = self.updater._steps
+        found = self._found_at < step  # and that step was not broken off
+        return self._config.s_init is None and not (found or (not self._betas.is_cpu and taken & (taken + 1)))
 
-    def _begin(self, config: TunerConfig, param_norm: Tensor, update_norm: Tensor, count: Tensor) -> Tensor:
+    def _begin(
+        self, config: TunerConfig, grad_square: Tensor, param_norm: Tensor, update_norm: Tensor, count: Tensor
+    ) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
-        self._state = tuner.begin(self._state, param_norm, update_norm, count, config)
+        self._state = tuner.begin(self._state, grad_square, param_norm, update_norm, count, config)
         if self._state.start.is_cpu and self._state.start.any():
             self._found_at = self._steps
         return self._state.scales.sum()

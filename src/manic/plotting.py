@@ -40,11 +40,13 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=max(0.8, 2.8 - 0.5 * i), color=f"C{i}")
         axis.set_xlabel("step")
         axis.set_title(label, fontsize="medium")
-        axis.set_yscale("log")
+        values = [y for line in axis.get_lines() for y in line.get_ydata()]
+        if any(y > 0 for y in values) and not any(y < 0 for y in values):
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
     if panels[0][0] == "loss":
         starts = [run["loss"][0] for run in runs.values() if run.get("loss") and run["loss"][0] is not None]
-        if starts:  # a run that diverges leaves the picture instead of flattening the others
+        if starts and min(starts) > 0:  # a run that diverges leaves the picture instead of flattening the others
             axes[0].set_ylim(top=min(axes[0].get_ylim()[1], 10 * min(starts)))
     if len(runs) > 1:
         lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}

@@ -245,25 +245,33 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
     return state._replace(scales=s, max_product=m, start=start, premium=torch.ones_like(zero))
 
 
-def begin(state: TunerState, param_norm: Tensor, update_norm: Tensor, count: Tensor, config: TunerConfig) -> TunerState:
+def begin(
+    state: TunerState,
+    grad_square: Tensor,
+    param_norm: Tensor,
+    update_norm: Tensor,
+    count: Tensor,
+    config: TunerConfig,
+) -> TunerState:
     """Find s_init, equation (8), if it is not known yet and there is an update to find it from.
 
     Args:
         state: before, or when s_init is not known just after, `update`.
-        param_norm: ‖x_t‖, of shape (...).
+        grad_square: ‖g_t‖², of shape (...). Where it is 0, u_t is weight decay alone, and its size says nothing of s.
+        param_norm: ‖x_t‖, of the same shape.
         update_norm: ‖u_t / f_t‖, of the same shape.
         count: N, the number of elements of x.
         config: gives the cap.
 
     Example:
         >>> config = TunerConfig()
-        >>> norms = torch.tensor(5.0), torch.tensor(2.0), torch.tensor(25)
-        >>> round(float(begin(init(config), *norms, config).start.sum()), 6)  # ρ · 5 / 2
+        >>> sizes = torch.tensor(1.0), torch.tensor(5.0), torch.tensor(2.0), torch.tensor(25)
+        >>> round(float(begin(init(config), *sizes, config).start.sum()), 6)  # ρ · 5 / 2
         0.0025
     """
     size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
     s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
-    fresh = (state.start == 0) & s_init.isfinite()
+    fresh = (state.start == 0) & s_init.isfinite() & (grad_square > 0).unsqueeze(-1)
     start = torch.where(fresh, s_init / len(config.betas), state.start)
     return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
 

@@ -238,7 +238,7 @@ class Updater:
         Args:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
-            begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements, see `tuner.begin`.
+            begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
             restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
         """
         self._next_scale.copy_(scale)

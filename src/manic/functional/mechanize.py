@@ -136,7 +136,7 @@ def mechanize(
         seen = tuner.seen(steps.to(scale.dtype), constants)
         tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, seen)
         if constants.s_init is None:
-            tuned = _begun(tuned, params, tentative, factor, constants)
+            tuned = _begun(tuned, sums.grad_square, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)
         restart = torch.zeros_like(steps, dtype=torch.bool) | tuner.restarts(steps, constants)
         new, final = constants.rescaled * next_scale, (1 - constants.rescaled) * next_scale
@@ -154,7 +154,9 @@ def mechanize(
     return Mechanized(init, mechanized_step)
 
 
-def _begun(state: TunerState, before: Tree, after: Tree, factor: Tensor, config: TunerConfig) -> TunerState:
+def _begun(
+    state: TunerState, grad_square: Tensor, before: Tree, after: Tree, factor: Tensor, config: TunerConfig
+) -> TunerState:
     """`tuner.begin`, from the parameters before and after a base step."""
     wide = state.start.dtype
 
@@ -165,7 +167,7 @@ def _begun(state: TunerState, before: Tree, after: Tree, factor: Tensor, config:
     leaves = tree_leaves(tree_map(squares, before, after))
     param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
     count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=wide, device=state.start.device)
-    return tuner.begin(state, param_norm, update_norm / factor, count, config)
+    return tuner.begin(state, grad_square, param_norm, update_norm / factor, count, config)
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:

@@ -83,6 +83,7 @@ def sgd_step(params: Tree, grads: Tree, state: SGDState, config: SGDConfig) -> t
         >>> params
         {'w': tensor([ 0.5000, -2.0000])}
     """
+    _check_kind(state, SGDState)
     share = 1 - config.dampening * state.step.clamp(max=1) if _on(config.dampening) else 1.0
 
     def rule(x: Tensor, g: Tensor, *buffer: Tensor) -> tuple[Tensor, ...]:
@@ -197,6 +198,7 @@ def adam_decoupled_step(params: Tree, grads: Tree, state: AdamState, config: Ada
 def _adam(
     params: Tree, grads: Tree, state: AdamState, config: AdamConfig, *, l2: Number, decay: Number
 ) -> tuple[Tree, AdamState]:
+    _check_kind(state, AdamState)
     beta1, beta2 = config.betas
     step = state.step + 1
     step_size = config.lr / (1 - beta1**step)
@@ -269,6 +271,7 @@ def lars_step(params: Tree, grads: Tree, state: LARSState, config: LARSConfig) -
         >>> lars_step(params, torch.tensor([0.0, 0.1]), lars_init(params, config), config)[0]  # moves by η‖x‖
         tensor([3.0000, 1.5000])
     """
+    _check_kind(state, LARSState)
 
     def rule(x: Tensor, g: Tensor, buffer: Tensor) -> tuple[Tensor, ...]:
         norm = torch.linalg.vector_norm(x)
@@ -330,6 +333,7 @@ def nadamw_step(params: Tree, grads: Tree, state: AdamState, config: NAdamWConfi
         >>> nadamw_step(params, torch.tensor([4.0, 0.0]), nadamw_init(params, config), config)[0]
         tensor([ 0.7500, -2.0000])
     """
+    _check_kind(state, AdamState)
     beta1, beta2 = config.betas
     step = state.step + 1
     step_size = config.lr * (1 - beta2**step).sqrt() / (1 - beta1**step)
@@ -398,6 +402,14 @@ def _check_number(name: str, value: Number, expected: str, inside: Callable[[flo
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
 
+def _check_kind(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is of type {type(state).__name__}; expected the {kind.__name__} that the init beside this step "
+            "returned, or the last step."
+        )
+
+
 def _check_at_least_0(**values: Number) -> None:
     for name, value in values.items():
         _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
@@ -409,6 +421,6 @@ def _check_below_1(**values: Number) -> None:
 
 
 def _check_betas(betas: tuple[Number, Number]) -> None:
-    if len(betas) != 2:
+    if isinstance(betas, numbers.Real) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}; expected two numbers.")
     _check_below_1(**{"betas[0]": betas[0], "betas[1]": betas[1]})

@@ -36,7 +36,7 @@ def map_leaves(rule: Callable[..., tuple[Tensor, ...]], params: Tree, grads: Tre
     for i, (x, g, *s) in enumerate(zip(leaves, gradients, *columns, strict=True)):
         if not isinstance(g, Tensor) or g.shape != x.shape:
             raise _unfit_gradient(params, i, x, g)
-        if any(tensor.shape != x.shape for tensor in s):
+        if not all(isinstance(tensor, Tensor) and tensor.shape == x.shape for tensor in s):
             raise _unfit_state(params, i, x, s)
         for column, after, before in zip(new, rule(x, g, *s), (x, *s), strict=True):
             column.append(after.to(before.dtype))
@@ -93,12 +93,11 @@ def _unfit_gradient(params: Tree, i: int, x: Tensor, g: Any) -> Exception:
     return TypeError(message + " Pass zeros for a parameter that the loss does not use.")
 
 
-def _unfit_state(params: Tree, i: int, x: Tensor, s: list[Tensor]) -> ValueError:
+def _unfit_state(params: Tree, i: int, x: Tensor, s: list[Any]) -> ValueError:
     path = keystr(tree_flatten_with_path(params)[0][i][0])
-    shapes = [tuple(tensor.shape) for tensor in s]
     return ValueError(
-        f"The state of params{path} has tensors of shapes {shapes}; expected {tuple(x.shape)}, as params{path}. "
-        "Is it of another model?"
+        f"The state of params{path} is {', '.join(map(_described, s))}; expected tensors of shape {tuple(x.shape)}, as "
+        f"params{path}. Is it of another model, or of other options?"
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import chain
@@ -298,7 +299,7 @@ def _check(group: dict[str, Any]) -> None:
     ):
         for name in names:
             value = options[name]
-            if not isinstance(value, int | float) or not fits(value):
+            if not isinstance(value, numbers.Real) or not fits(value):
                 raise ValueError(f"{name} is {value!r}; expected {expected}.")
     if group["training_steps"] is not None:
         check_training_steps(group["training_steps"])

@@ -16,7 +16,12 @@ EXAMPLES = Path(__file__).parents[1] / "src" / "examples"
 
 def run(*arguments: str | Path, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, check=True, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "error", *map(str, arguments)],
+        cwd=cwd,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return done.stdout
 

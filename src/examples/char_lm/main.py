@@ -67,8 +67,8 @@ def main() -> None:
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             parts = {"model": model, "updater": updater, "mechanic": mechanic}
             save(options.checkpoint, {"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}})
-            progress.set_postfix(loss=f"{float(loss):.3f}", scale=f"{float(mechanic.scale):.3g}")
-            tqdm.write(f"saved step {step + 1}: loss {float(loss):.4f}, learning rate {updater.get_last_lr()[0]:.3g}")
+            progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{float(mechanic.scale):.3g}")
+            tqdm.write(f"saved step {step + 1}: loss {loss.item():.4f}, learning rate {updater.get_last_lr()[0]:.3g}")
 
     with torch.no_grad():
         losses = [loss_of(model, sample(validation, seed=-1 - i, batch=BATCH, context=CONTEXT)) for i in range(20)]

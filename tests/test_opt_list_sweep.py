@@ -332,6 +332,12 @@ def test_the_second_of_a_list_makes_up_for_the_first():
     assert learn_list(losses, k=2).order == [0, 2]
 
 
+def test_a_task_that_no_setting_improves_does_not_order_them():
+    learned = learn_list([[2.0, 2.1], [0.2, 0.1]], [1.0, 1.0])
+    assert learned.order == [1, 0]
+    assert learned.mean_losses == [0.5, 0.5]
+
+
 def test_tasks_count_the_same_whatever_their_units():
     losses = [[0.1, 0.2, 0.9], [900.0, 300.0, 100.0]]
     assert learn_list(losses, [1.0, 1000.0]).order == [1, 2, 0]

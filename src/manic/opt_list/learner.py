@@ -64,7 +64,7 @@ def learn_list(losses: Any, initial_losses: Any = None, k: int | None = None) ->
 
 
 def _normalized(table: Tensor, initial_losses: Any) -> Tensor:
-    """Every row mapped so that its least loss is 0 and the initial one 1, and cut off there."""
+    """Every row mapped so that its least loss is 0 and the initial one 1; all that is worse is 1."""
     finite = table.isfinite()
     if not finite.any(1).all():
         task = int((~finite.any(1)).nonzero()[0])
@@ -80,4 +80,4 @@ def _normalized(table: Tensor, initial_losses: Any) -> Tensor:
             )
         top = top.unsqueeze(1)
     spread = (top - least).clamp(min=torch.finfo(table.dtype).tiny)
-    return ((table - least) / spread).where(finite, 1.0).clamp(max=1.0)
+    return ((table - least) / spread).where(finite & (table <= top), 1.0)

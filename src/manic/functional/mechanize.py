@@ -61,8 +61,9 @@ def mechanize(
 
     Returns:
         ``init`` and ``step``. The former takes the rate that a schedule multiplies, if it is not 1, as a number or a
-        0-d tensor: by it a warmup's first update is told from a small one. Both raise ValueError: ``init`` if that
-        rate is not a finite number > 0, ``step`` if the base's config has ``maximize=True``.
+        0-d tensor: by it, and by the config's ``lr`` if that has one, a warmup's first update is told from a small
+        one. Both raise ValueError: ``init`` if that rate is not a finite number > 0, ``step`` if the base's config has
+        ``maximize=True``.
 
     Source:
         Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 
 from manic import Mechanic, ScaleWarning, Updater, mechanize
 from manic.diagnosis import FIRST, TURNS, WINDOW, Diagnosis
+from manic.displacement import Displacement
 from manic.tuner import RULES, Sums, TunerState
 
 STEPS = 520
@@ -75,9 +76,18 @@ def test_no_gradient() -> None:
 
 
 def test_steps_in_a_graph_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device may not be asked while they are captured, and replays write over what they left."""
+    """The device may not be asked while they are captured, and every replay would read the parameters for it."""
+    sums, read = Displacement.sums, []
+
+    def noted(self: Displacement, scale: Tensor, *, complete: bool = True) -> Sums:
+        read.append(complete)
+        return sums(self, scale, complete=complete)
+
+    monkeypatch.setattr(Displacement, "sums", noted)
     monkeypatch.setattr("manic.mechanic._is_captured", lambda scale: True)
     assert not messages(lambda x, step: 0 * x)
+    assert len(read) == STEPS
+    assert not any(read)
 
 
 def test_the_paper_s_rule_that_never_starts() -> None:

@@ -48,7 +48,7 @@ class Diagnosis:
         return max(FIRST, 1 << (step - 1).bit_length()) - step < WINDOW
 
     def watch(self, step: int, state: TunerState, sums: Sums, unit: float, packings: int) -> None:
-        """See a step, counted from 1; the sums must be of that step alone, not written later.
+        """See a step that it looks at, counted from 1; the sums must be of that step alone, not written later.
 
         Args:
             step: the step's number; the same number again replaces what was seen first.
@@ -59,8 +59,6 @@ class Diagnosis:
         """
         if packings != self._packings:
             self._packings, self._largest, self._seen = packings, None, {}
-        if not self.looks_at(step):
-            return
         self._seen[step] = (state.scales.clone(), state.reward.clone(), sums.grad_square, sums.param_square)
         if step & (step - 1):
             return

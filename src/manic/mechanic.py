@@ -175,9 +175,9 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         step = self._steps + (not self.updater._pending)
-        seeks = self._seeks(step)
-        complete = self._config.s_decay != 0 or seeks or self._diagnosis.looks_at(step)
-        sums, scale = self.updater._observe(complete=complete)
+        self._captured |= _is_captured(self.updater.scale)
+        seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
+        sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or seeks or judged)
         self._to(scale)
         if not self.updater._pending:
             self._steps = step
@@ -187,7 +187,6 @@ class Mechanic:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
-        self._captured |= _is_captured(scale)
         taken = self.updater._taken if self._captured else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
@@ -207,11 +206,11 @@ class Mechanic:
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         self._skipped += ~finite
-        begin = partial(self._begin, config, sums.grad_square) if seeks and not self._captured else None
+        begin = partial(self._begin, config, sums.grad_square) if seeks else None
         self.updater._propose(total, finite, begin, restart)
         if tune:
             self._log(h)
-        if not self._captured:  # else the device would be asked in the capture, or what is kept be that of a replay
+        if judged:
             self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
 
     def _seeks(self, step: int) -> bool:
@@ -219,9 +218,11 @@ class Mechanic:
 
         On an accelerator, which is not asked whether it has been found: after steps 1, 2, 4, 8, …
         """
+        if self._config.s_init is not None or self._captured:
+            return False
         taken = self.updater._steps
         found = self._found_at < step  # and that step was not broken off
-        return self._config.s_init is None and not (found or (not self._betas.is_cpu and taken & (taken + 1)))
+        return not (found or (not self._betas.is_cpu and taken & (taken + 1)))
 
     def _begin(
         self, config: TunerConfig, grad_square: Tensor, param_norm: Tensor, update_norm: Tensor, count: Tensor
@@ -297,7 +298,7 @@ class Mechanic:
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
         self._found_at = math.inf  # the step at which s_init was seen to be known; no device is asked
-        self._captured = False  # a step, in a CUDA graph, whose replays the host does not count
+        self._captured = False  # a step in a CUDA graph: the host counts no replay, and may not ask the device
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
         self.updater.displacement.rescaled = config.rescaled
         self.updater.displacement.eps = 1e-30 if config.rule == "manic" else config.eps

@@ -124,6 +124,22 @@ def test_splitting_and_permuting_parameters_changes_nothing(optimizer: str, stor
     assert evaluate(twin) == pytest.approx(evaluate(model), rel=1e-9)
 
 
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_thousands_of_small_parameters_are_packed_in_linear_time(
+    store_delta: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was once cut from all of its pack: the first step of 4,000 took 28 seconds."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(200)]
+    updater = Updater(torch.optim.SGD(parameters, lr=1.0), store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    cuts, split = [], torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda *args: cuts.extend(split(*args)) or split(*args))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    mechanic.step()
+    assert len(cuts) == len(parameters) * (1 + store_delta)
+
+
 def test_groups_keep_their_ratio_and_get_effective_rates() -> None:
     model = make_net()
     optimizer = torch.optim.SGD(

@@ -200,9 +200,11 @@ class Part:
             self.reference = _joined([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
             self.delta = _joined(deltas) if deltas else None
-            for i, slot in enumerate(slots):
-                slot.reference = self.reference.split(self._sizes)[i]
-                slot.delta = None if self.delta is None else self.delta.split(self._sizes)[i]
+            for slot, reference in zip(slots, self.reference.split(self._sizes), strict=True):
+                slot.reference = reference
+            if self.delta is not None:
+                for slot, delta in zip(slots, self.delta.split(self._sizes), strict=True):
+                    slot.delta = delta
 
     def values(self) -> Tensor:
         """The parameters: the memory of the only one where it has no gaps, else gathered."""
@@ -644,6 +646,7 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
     total: dict[torch.device, int] = {}
     parts: dict[Any, list[list[Slot]]] = {}
     packs: dict[Any, list[Slot]] = {}
+    packed: dict[Any, int] = {}
     batches: dict[Any, list[Slot]] = {}
     for slot in active:
         reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
@@ -658,8 +661,10 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
             continue
         if kind not in packs:
             of_kind.append(packs.setdefault(kind, []))
+            packed[kind] = 0
         packs[kind].append(slot)
-        if sum(slot.reference.numel() for slot in packs[kind]) >= 4 * PACK:
+        packed[kind] += reference.numel()
+        if packed[kind] >= 4 * PACK:
             del packs[kind]
     buckets: list[Bucket | Batch] = [Batch(slots, share) for (_, _, share), slots in batches.items()]
     for (device, _, share), of_kind in parts.items():

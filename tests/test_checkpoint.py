@@ -332,6 +332,28 @@ def test_a_run_that_is_loaded_by_the_updater_only() -> None:
     other.train(N + 10, N + 11)
 
 
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_mechanic_that_alone_takes_up_another_scale(store_delta: bool) -> None:
+    """The parameters go on from where they are, as under one that has found this scale."""
+    moves = []
+    for factor in (1.0, 10.0):
+        model = make_net()
+        updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0), store_delta=store_delta)
+        mechanic = Mechanic(updater, s_init=1e-3)
+        for step in range(N):
+            backward(model, step)
+            mechanic.step()
+            updater.step()
+        state, before = mechanic.state_dict(), flat(model)
+        tuner = {**state["tuner"], "scales": factor * state["tuner"]["scales"]}
+        mechanic.load_state_dict({**state, "tuner": tuner, "scale": factor * state["scale"]})
+        backward(model, N)
+        mechanic.step(tune=False)
+        updater.step()
+        moves.append(flat(model) - before)
+    assert relative_difference(10 * moves[0], moves[1]) < 1e-6
+
+
 def test_a_loaded_run_writes_to_no_parameter_before_the_base_step() -> None:
     """Optimizers that differentiate the gradient again need the graph of the backward pass whole."""
     run = Run("two objects", "adamw", "none", True)

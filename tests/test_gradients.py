@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -71,6 +72,63 @@ def test_accumulated_parts_of_a_batch_are_the_batch(form: str, limit: float | No
     assert found_scale == pytest.approx(expected_scale, rel=1e-10)
     if limit is not None:  # and clipping matters
         assert relative_difference(train(form, parts=1, limit=None, scale=None)[0], expected) > 1e-3
+
+
+@pytest.mark.parametrize("unscaled", ["nothing", "the optimizer"])
+def test_gradients_that_a_scaler_has_not_unscaled_for_the_updater_are_refused(unscaled: str) -> None:
+    """It would divide them after `Mechanic.step` has seen them, for the second time if the optimizer's were."""
+    model = make_net()
+    tuned = Tuned("two objects", model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def backward(step: int) -> None:
+        x, y = batch(step)
+        model.zero_grad()
+        scaler.scale((model(x) - y).square().mean()).backward()
+
+    for step in range(5):
+        backward(step)
+        scaler.unscale_(tuned.target)
+        tuned.step(scaler)
+        scaler.update()
+    backward(5)
+    if unscaled == "the optimizer":
+        scaler.unscale_(tuned.target.base_optimizer)
+    before, state = flat(model), tuned.target.state_dict()
+    with pytest.raises(RuntimeError, match=r"Call scaler\.unscale_\(updater\), and not scaler\.unscale_\(optimizer\)"):
+        tuned.step(scaler)
+    assert torch.equal(flat(model), before)
+    assert_same_bits(tuned.target.state_dict(), state)
+    scaler.update()
+    backward(5)
+    scaler.unscale_(tuned.target)
+    tuned.step(scaler)
+    assert 0 < relative_difference(flat(model), before) < 1
+
+
+def test_a_step_that_only_the_scaler_knows_to_be_bad_is_skipped() -> None:
+    """The gradients of the training rows, where the scale is learned from others, and nobody has checked them."""
+    model = make_net()
+    tuned = Tuned("two objects", model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(10):
+        before = flat(model)
+        for rows in ("held-out rows", "training rows"):
+            x, y = batch(step + 500 * (rows == "held-out rows"))
+            model.zero_grad()
+            loss = (model(x) - y).square().mean()
+            (loss if rows == "held-out rows" else scaler.scale(loss)).backward()
+            if rows == "held-out rows":
+                tuned.mechanic.step()
+        if step == 5:
+            assert model.gain.grad is not None
+            model.gain.grad.fill_(float("inf"))
+        scaler.unscale_(tuned.target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the gradients are others than those that `Mechanic.step` saw
+            scaler.step(tuned.target)
+        scaler.update()
+        assert torch.equal(flat(model), before) == (step == 5)
 
 
 def test_held_out_rows_have_a_loss_scale_of_their_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -502,6 +503,28 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> 
             assert (float(mechanic.scale) == scale) == (bad == "held-out rows")
     assert int(mechanic.state_dict()["skipped"]) == 1
     assert [row["iter_count"] for row in logged] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("change", ["clip", "accumulate", "new"])
+def test_gradients_that_change_between_the_two_steps_are_told_once(change: str) -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    for told in (1, 0):
+        backward(model, 0)
+        mechanic.step()
+        if change == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        elif change == "accumulate":
+            loss_of(model, 1).backward()
+        else:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            updater.step()
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == told
+        assert all("were changed between mechanic.step() and updater.step()" in message for message in messages)
 
 
 def test_closure() -> None:

@@ -460,6 +460,11 @@ class Displacement:
                 bucket.forget()
         return lost
 
+    def stay(self) -> None:
+        """Have the parameters stay where they are, whatever the scale is at the next `refresh`."""
+        for slot in self.slots.values():
+            slot.away = True
+
     def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> None:
         """`refresh` once more, if others have changed anything since the last."""
         if any(slot.is_changed() for slot in self._active):

@@ -28,6 +28,7 @@ from manic.checkpoint import (
     undone_on_error,
 )
 from manic.displacement import Displacement, scale_dtype
+from manic.distributed import version
 from manic.kernels.compiled import outside_graphs
 from manic.tuner import Sums
 from manic.warn import warn
@@ -79,6 +80,8 @@ class Updater:
         >>> bool(weight.abs().max() < 0.5)
         True
     """
+
+    _step_supports_amp_scaling = True  # has a GradScaler leave it to `step` to skip, which may need no sync
 
     def __init__(
         self,
@@ -138,8 +141,8 @@ class Updater:
         self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._restart: bool | Tensor = False
-        self._handed_off = False
-        self._warned_of_change = self._warned_of_epoch = False
+        self._gradient: tuple[int, int] | None = None  # the first one's identity and version
+        self._handed_off = self._warned_of_change = self._warned_of_epoch = self._warned_of_gradient = False
         self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
         self._internal_lr = None if internal_lr is None else float(internal_lr)
@@ -217,7 +220,7 @@ class Updater:
         self._settle_unit()
         parameters = self._parameters()
         self._to(parameters[0].device)
-        self._parameter_count = len(parameters)
+        self._parameter_count, self._gradient = len(parameters), _first_gradient(parameters)
         if self.displacement.refresh(parameters, self._scale) and not self._warned_of_change:
             self._warned_of_change = True
             warn(
@@ -247,7 +250,9 @@ class Updater:
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
-        """Set the scale in force before the first step; `Mechanic` calls this when it is made."""
+        """Set the scale in force, which no step has led to; `Mechanic` calls this when it is made or loaded."""
+        if not torch.equal(self._scale, scale.to(self._scale)):
+            self.displacement.stay()
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
 
@@ -265,8 +270,16 @@ class Updater:
             RuntimeError: there was no ``mechanic.step()`` before.
         """
         self._check_pending()
+        self._heed_scaler()
+        parameters = self._parameters()
+        if self._gradient != _first_gradient(parameters) and not self._warned_of_gradient:
+            self._warned_of_gradient = True
+            warn(
+                "The gradients were changed between mechanic.step() and updater.step(); expected the same in both. "
+                "Unscale, accumulate and clip before mechanic.step()."
+            )
         with torch.no_grad():
-            self.displacement.keep_changes(self._parameters(), self._scale)
+            self.displacement.keep_changes(parameters, self._scale)
         one_pass = self._plan_one_pass() if closure is None else None
         on_device = self._base_can_skip(one_pass is not None)
         if self.nonfinite == "skip" and not on_device and not bool(self._finite):
@@ -315,6 +328,22 @@ class Updater:
                 "Call mechanic.step() again."
             )
 
+    def _heed_scaler(self) -> None:
+        """Skip the step if a ``GradScaler``, which is about to take it, has found an inf.
+
+        Raises:
+            RuntimeError: it has not unscaled the gradients, or those of another object.
+        """
+        told = vars(self)
+        if told.get("grad_scale") is not None:
+            del told["grad_scale"], told["found_inf"]
+            raise RuntimeError(
+                "The GradScaler has not unscaled the gradients of this Updater. Call scaler.unscale_(updater), and not "
+                "scaler.unscale_(optimizer), before mechanic.step(). Nothing was changed."
+            )
+        if "found_inf" in told:
+            self._finite.logical_and_(told["found_inf"].to(self._finite.device) == 0)
+
     def _move(self, before: Any, finite: Tensor | None, restart: bool | Tensor) -> None:
         """Scale what the base step did."""
         if self.displacement.joined or not self._steps:
@@ -326,7 +355,8 @@ class Updater:
     def _skip(self) -> None:
         self._pending = False
         self._skipped += 1
-        if self._skipped & (self._skipped - 1) == 0:  # 1, 2, 4, 8, …
+        expected = "found_inf" in vars(self)  # while a GradScaler looks for its scale
+        if self._skipped & (self._skipped - 1) == 0 and not expected:  # 1, 2, 4, 8, …
             count = f", {self._skipped} in a row by now: are the parameters finite?" if self._skipped > 1 else "."
             logger.warning("A step was skipped after step %d: its gradient or h is not finite%s", self._steps, count)
 
@@ -680,6 +710,12 @@ class _NotFiniteError(Exception):
 def _first(group: dict[str, Any]) -> Tensor | None:
     """What a group is known by: loading and copying make new dicts of groups, and groups may change places."""
     return next(iter(group["params"]), None)
+
+
+def _first_gradient(parameters: list[Tensor]) -> tuple[int, int] | None:
+    """Which one it is, and its version."""
+    gradients = (parameter.grad for parameter in parameters)
+    return next(((id(gradient), version(gradient)) for gradient in gradients if gradient is not None), None)
 
 
 def _epoch_of(schedule: Any) -> Any:

@@ -29,6 +29,7 @@ class Oracle:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.steps_per_epoch = steps_per_epoch
+        self.learns = 243 if steps_per_epoch is None else round(min(max(81, 9 * steps_per_epoch), 243))
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
@@ -53,7 +54,8 @@ class Oracle:
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        if self.steps in (1, 3, 9, 27, 81) or (self.steps >= 243 and self.steps % 9 == 0):
+        late = self.steps - self.learns
+        if self.steps in (1, 3, 9, 27, 81) or (late >= 0 and late % 9 == 0):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
@@ -66,7 +68,7 @@ class Oracle:
             direction = [xi / (norm_x + self.eps) for xi in x]
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
-        if self.rule == "manic" and self.steps >= 243:  # before this step
+        if self.rule == "manic" and self.steps >= self.learns:  # before this step
             before, self.peak, self.top = self.peak, max(self.peak, factor), max(self.top, factor)
             fall, last, self.last = before / self.peak, self.last, h / self.peak
             self.late.append((h, factor))

@@ -142,9 +142,15 @@ def test_the_displacement_restarts_when_the_number_of_steps_has_tripled(store_de
     assert restarted_at == [1, 3, 9, 27, 81, 243, 252, 261, 270, 279, 288, 297]
 
 
-def test_and_from_step_243_on_every_nine_steps() -> None:
-    config = tuner.TunerConfig()
-    expected = [1, 3, 9, 27, 81, *range(243, 3000, 9)]
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "learns"), [(None, 243), (2, 81), (10, 90), (26.9, 242), (27, 243), (math.inf, 243)]
+)
+def test_and_from_step_t_on_every_nine_steps(steps_per_epoch: float | None, learns: int) -> None:
+    """T is 243, or nine epochs, but 81 at least."""
+    config = tuner.TunerConfig(steps_per_epoch=steps_per_epoch)
+    early = [step for step in (1, 3, 9, 27, 81) if step < learns]
+    expected = [*early, *range(learns, 3000, 9)]
+    assert [step for step in range(1, 3000) if tuner.is_learning(step, config)] == [*range(1, learns + 1)]
     assert [step for step in range(1, 3000) if tuner.restarts(step, config)] == expected
     steps = torch.arange(1, 3000)
     assert steps[tuner.restarts(steps, config)].tolist() == expected
@@ -202,11 +208,12 @@ def scales_of(
     return found
 
 
-def test_the_scale_rises_for_243_steps_and_no_further() -> None:
+@pytest.mark.parametrize(("known", "learns"), [({}, 243), ({"steps_per_epoch": 14}, 126)])
+def test_the_scale_rises_for_243_steps_or_nine_epochs_and_no_further(known: dict[str, float], learns: int) -> None:
     """However far downhill Δ points."""
-    scales = scales_of(400, lambda step: -1.0)
-    assert scales[242] > 2 * scales[121] > 100 * scales[20]
-    assert scales[243:] == pytest.approx(157 * [scales[242]], rel=0.01)
+    scales = scales_of(400, lambda step: -1.0, **known)
+    assert scales[learns - 1] > 1.5 * scales[learns // 2] > 20 * scales[20]
+    assert scales[learns:] == pytest.approx((400 - learns) * [scales[learns - 1]], rel=0.01)
 
 
 def test_after_that_it_falls_as_one_over_the_root_of_the_noisy_steps() -> None:

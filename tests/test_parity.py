@@ -119,7 +119,7 @@ def test_a_warmup_that_is_longer_than_the_search() -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("steps_per_epoch", [100, 310.5])
+@pytest.mark.parametrize("steps_per_epoch", [5, 12.5, 100, 310.5])
 def test_rows_that_were_seen_before(steps_per_epoch: float, scheduler: str) -> None:
     known: dict[str, Any] = {"s_init": None, "steps_per_epoch": steps_per_epoch}
     oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, eps=0.0, **known)

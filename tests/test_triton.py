@@ -545,6 +545,7 @@ def test_steps_that_the_device_counts(
     """
 
     monkeypatch.setattr("manic.tuner.LEARNS", learns)  # after them the scale falls
+    monkeypatch.setattr("manic.tuner.SHORT", 3)
 
     def run(captured: range) -> tuple[Tensor, dict[str, Any], Mechanic]:
         monkeypatch.setenv("MANIC_KERNELS", form)

@@ -39,8 +39,9 @@ class Mechanic:
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            From step 244 on noise then lowers the scale the more, the more often its rows were seen before, and not
-            at all in the first epoch. ``math.inf``: no row comes twice. ``None``: not known.
+            The scale is then learned for nine epochs, if these are fewer than 243 steps. After that noise lowers it the
+            more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
+            comes twice. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.
@@ -130,6 +131,14 @@ class Mechanic:
     def scale(self) -> Tensor:
         """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
         return self.updater.scale
+
+    @property
+    def learns(self) -> float:
+        """The steps that the scale is learned for: 243, or nine epochs if that is less, but 81 at least.
+
+        Infinite with a published rule.
+        """
+        return self._config.learns
 
     @property
     def optimizer(self) -> Optimizer:

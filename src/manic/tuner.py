@@ -15,7 +15,7 @@ and, under the rule ``manic`` only::
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after t = 1, 3, 9, …, T         (9)  in `restarts`; then every 9 steps
+    Δ_{t+1} ← 0             after t = 1, 3, 9, … and T      (9)  in `restarts`; then every 9 steps
 
 and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
@@ -48,7 +48,7 @@ e       ``seen``         (...)      how often the rows of a step were seen befor
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has
-T       ``LEARNS``       number     the steps that the tuner learns for
+T       ``learns``       number     the steps that the tuner learns for: 243; if E is known 9E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -80,7 +80,7 @@ What each rule does that the paper as printed does not:
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
     holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T = 243 steps there are no more bets. By then s has found its order of magnitude, and what h goes on to say is
+  - After T steps there are no more bets. By then s has found its order of magnitude, and what h goes on to say is
     less about the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and
     a noisy one to go slower. On smooth losses a rate should fall as 1/√t where gradients are noise, and stay where they
     are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
@@ -90,6 +90,9 @@ What each rule does that the paper as printed does not:
     steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13).
+  - What h says of rows that come again and again is how well the net knows them by heart, and it is told to go faster.
+    So the bets end after nine epochs of E steps, if E is given: few enough for the nets that overfit, and enough for
+    those that learn from the same rows for long.
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
     counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
     the first epoch, and as 1/t in many. If they are not, every step counts once.
@@ -118,7 +121,8 @@ SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 30  # κ: the first scale, in s_init
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
-LEARNS = 3**5  # T
+LEARNS = 3**5  # T, at most
+EPOCHS = 9  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # the rate stays until the schedule has fallen to a third of what it was at T, where h is signal
@@ -164,6 +168,19 @@ class TunerConfig:
     def rescaled(self) -> float:
         """α."""
         return RESCALED if self.rule == "manic" else 1.0
+
+    @property
+    def learns(self) -> float:
+        """T; infinite for the published rules.
+
+        Example:
+            >>> [TunerConfig(steps_per_epoch=steps).learns for steps in (None, 1, 20, 100)]
+            [243, 81, 180, 243]
+        """
+        if self.rule != "manic":
+            return math.inf
+        epochs = LEARNS if self.steps_per_epoch is None else EPOCHS * self.steps_per_epoch
+        return round(min(max(epochs, LEARNS / 3), LEARNS))
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -283,7 +300,8 @@ def restarts(step: Any, config: TunerConfig) -> Any:
         >>> [step for step in range(1, 270) if restarts(step, TunerConfig())]
         [1, 3, 9, 27, 81, 243, 252, 261]
     """
-    return config.rule == "manic" and (LEARNS % step == 0) | ((step > LEARNS) & (step % SHORT == 0))
+    since = step - config.learns
+    return config.rule == "manic" and ((LEARNS % step == 0) & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 
 def is_learning(step: Any, config: TunerConfig) -> Any:
@@ -293,7 +311,7 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
         >>> [is_learning(step, TunerConfig()) for step in (243, 244)]
         [True, False]
     """
-    return config.rule != "manic" or step <= LEARNS
+    return config.rule != "manic" or step <= config.learns
 
 
 def seen(step: Any, config: TunerConfig) -> Any:

@@ -5,7 +5,8 @@ say how far the validation loss, at the end and at its lowest on the way, is abo
 See docs/tried.md.
 
     python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
-                                          [--schedules NAME ...] [--seeds N] [--smaller N] [--steps N] [--out FOLDER]
+                                          [--schedules NAME ...] [--seeds N] [--smaller N] [--steps N]
+                                          [--replacement] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ OF_PASSES: dict[str, Callable[[float], float]] = {
     "root of before": lambda e: math.sqrt(max(0.0, e - 1)),
     "to one": lambda e: min(e, 1.0),
     "to one in five": lambda e: min(e / 5, 1.0),
+    "to one in nine": lambda e: min(e / 9, 1.0),
     "to ten": lambda e: min(e, 10.0),
     "to thirty": lambda e: min(e, 30.0),
     "e/(1 + e)": lambda e: e / (1 + e),
@@ -84,11 +86,13 @@ class Idea:
         per: what has a scale of its own: the ``"model"``, its matrices and its vectors (``"kind"``), the last layer and
             the rest (``"head"``), or each ``"tensor"``.
         held_out: the share of the training rows that h is measured on, and that are not trained on meanwhile.
+        clairvoyant: for T steps h is measured on the validation rows; a bound, and no rule.
         every: after the first 100 steps h is measured at every so many, and the scale stays in between.
         until: the share of the steps, or their number, after which the scale stays, and all rows are trained on.
         fall: it does not stay then, but falls as the number of steps to the power of minus this.
         learns: T, the steps after which something else happens.
         learns_passes: T is so many passes, but neither less than 81 nor more than ``learns`` steps.
+        anew: until T, x_ref moves after so many passes, too.
         then: what that is. ``"noise"``: (10) to (13); ``"sum"``: the scale falls as one over the root of the sum of h²
             since the start; ``"largest"``: as one over the largest h so far; ``"recent"``: as one over the root of the
             largest mean of h² over some T steps; ``"warm"``: bets go on while the schedule's factor rises, then the
@@ -147,11 +151,13 @@ class Idea:
     betas: tuple[float, ...] = BETAS
     per: str = "model"
     held_out: float = 0.0
+    clairvoyant: bool = False
     every: int = 1
     until: float = 1.0
     fall: float = 0.0
     learns: float = tuner.LEARNS
     learns_passes: float = math.inf
+    anew: float = math.inf
     then: str = "noise"
     usual: str = "recent"
     gauges: int = tuner.USUAL
@@ -191,6 +197,8 @@ AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
 PREMIUM = Idea(rises=math.inf)
 CHARGED = Idea(s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
+EPOCHS = replace(TOLD, rises=1.0)
+NINE = replace(EPOCHS, learns_passes=float(tuner.EPOCHS))
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -331,7 +339,24 @@ IDEAS = {
     "…, a premium of 3 where h is signal, to the power of c²": replace(PREMIUM, gate=2.0),
     "…, a premium of 4 where h is signal, to the power of c²": replace(PREMIUM, premium=4.0, gate=2.0),
     "with the epoch given": TOLD,
-    "with the epoch given, the premium from T on": replace(TOLD, rises=1.0),
+    "with the epoch given, the premium from T on": EPOCHS,
+    "**with the epoch given, T after nine: the rule now**": NINE,
+    "…, T after six": replace(NINE, learns_passes=6.0),
+    "…, T after twelve": replace(NINE, learns_passes=12.0),
+    "…, T after fifteen": replace(NINE, learns_passes=15.0),
+    "…, T after nine, forgetting half each time until then": replace(NINE, kept=0.5),
+    "…, T after nine, α = 0.25": replace(NINE, rescaled=0.25),
+    "…, T after nine, then Δ anew every 3": replace(NINE, short=3),
+    "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
+    "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
+    "…, T after nine, λ = 0.01 from the ninth on": replace(NINE, s_decay=0.01, charged="to one in nine"),
+    "…, no rise after nine": replace(EPOCHS, settles=9.0),
+    "…, wins count half after ten": replace(EPOCHS, wins=10.0),
+    "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
+    "…, Δ anew every two passes": replace(EPOCHS, anew=2.0),
+    "for 81 steps": Idea(learns=81),
+    "h of the validation rows until T": Idea(clairvoyant=True),
+    "h of the validation rows until T, with the epoch given": replace(EPOCHS, clairvoyant=True),
     "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.7": replace(
         CHARGED, losses=0.7, seen="before"
     ),
@@ -525,6 +550,9 @@ class Tuner:
 
     def recentres(self, step: int) -> bool:
         """Whether x_ref moves after a step, counted from 1."""
+        passes = [s / self.steps_per_epoch // self.idea.anew for s in (step - 1, step)]
+        if step < min(self.turn, self.idea.learns) and passes[0] != passes[1]:
+            return True
         if self.idea.recentre == "never" or step < self.turn:
             return False
         self.turn = step + self.idea.first
@@ -532,6 +560,7 @@ class Tuner:
             self.turn = step + self.idea.short
         elif self.idea.recentre == "growing":
             self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period)
+            self.turn = min(self.turn, self.idea.learns) if step < self.idea.learns else self.turn
         if self.idea.ceiling and step >= 81:
             self.limit = self.idea.ceiling * self.largest
         self.largest = torch.zeros_like(self.scale)
@@ -551,16 +580,19 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
     state = torch.zeros_like(x), torch.zeros_like(x)
     tuners = [Tuner(idea, stack) for idea in ideas]
     recent: list[list[Tensor]] = [[] for _ in ideas]  # updates since x_ref moved
-    share, until = ideas[0].held_out, ideas[0].until
+    share, until, clairvoyant = ideas[0].held_out, ideas[0].until, ideas[0].clairvoyant
     until = round(until * steps if until <= 1 else until)
     data, others = stack.batches(steps), None
     if share:
         first, others = (Stack(part, stack.seeds).batches(until) for part in held_out(stack.task, share, 0))
         data = chain(first, stack.batches(steps - until))
+    if clairvoyant:
+        rows = replace(stack.task, train=stack.task.valid)
+        others = Stack(rows, [50 + seed for seed in stack.seeds]).batches(tuner.LEARNS)
     for step, rows in enumerate(data):
         g = tuned_on = stack.gradient(x, *rows)[0]
         tuned = [step < until and tunes(step, idea.every) for idea in ideas]
-        if others and any(tuned):
+        if others and any(tuned) and step < (tuner.LEARNS if clairvoyant else until):
             tuned_on = stack.gradient(x, *next(others))[0]
         part, after = factor(schedule, step, steps), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)
@@ -592,19 +624,19 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
 
 
 def pair(
-    task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int, seeds: int
+    task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int, seeds: int, replacement: bool
 ) -> dict[str, list[tuple[float, float]]]:
     """Of every idea: gap and regret of each of the losses in `SCORED`."""
     torch.set_num_threads(1)
     made = TASKS[task]()
-    made = replace(made, batch=made.batch // smaller)
+    made = replace(made, batch=made.batch // smaller, replacement=replacement)
     stack = Stack(made, list(range(seeds)))
     _, tuned = stack.tuned(base, schedule, steps)
     start = mean(row[0].valid for row in stack.losses([stack.start[:, None]]))
     result = {}
 
-    def rows(name: str) -> tuple[float, float]:
-        return IDEAS[name].held_out, IDEAS[name].until
+    def rows(name: str) -> tuple[float, float, bool]:
+        return IDEAS[name].held_out, IDEAS[name].until, IDEAS[name].clairvoyant
 
     for kind in set(map(rows, names)):
         alike = [name for name in names if rows(name) == kind]
@@ -627,12 +659,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
+    parser.add_argument("--replacement", action="store_true", help="draw rows at random, not shuffled by epoch")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         places = product(options.tasks, options.bases, options.schedules)
-        more = options.ideas, options.smaller, options.steps, options.seeds
+        more = options.ideas, options.smaller, options.steps, options.seeds, options.replacement
         jobs = {pool.submit(pair, *place, *more): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
             found[" | ".join(jobs[job])] = job.result()

@@ -27,7 +27,8 @@ Data = tuple[Tensor, ...]
 class Task:
     """A model to train: `make()` gives it with fresh weights, `loss(output, target)` a scalar.
 
-    `train` and `valid` are pairs (inputs, targets); a batch is `batch` rows of `train`, drawn with replacement.
+    `train` and `valid` are pairs (inputs, targets); a batch is `batch` rows of `train`, shuffled anew for every epoch,
+    or with `replacement` drawn at random.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Task:
     train: Data
     valid: Data
     batch: int = 64
+    replacement: bool = False
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which as many rows are drawn as there are."""
+        """Rows over those of a batch."""
         return len(self.train[0]) / self.batch
 
 

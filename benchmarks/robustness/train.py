@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.lr_scheduler import LambdaLR
 
-from manic import Mechanic, Updater, tuner
+from manic import Mechanic, Updater
 
 START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
@@ -201,10 +201,15 @@ def model_of(task: Task, seed: int) -> nn.Module:
 
 
 def batches(task: Task, seed: int, steps: int) -> Iterator[Data]:
-    """Rows of the training data, drawn with replacement."""
+    """Rows of the training data; a batch may be of the end of an epoch and the start of the next."""
     generator = torch.Generator().manual_seed(100 + seed)
+    count, left = len(task.train[0]), torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
-        rows = torch.randint(len(task.train[0]), (task.batch,), generator=generator)
+        while len(left) < task.batch and not task.replacement:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        rows, left = left[: task.batch], left[task.batch :]
+        if task.replacement:
+            rows = torch.randint(count, (task.batch,), generator=generator)
         yield task.train[0][rows], task.train[1][rows]
 
 
@@ -252,7 +257,7 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    until = min(tuner.LEARNS, run.steps // 2) if run.method == HELD_OUT else 0
+    until = min(steppers[0].learns, run.steps // 2) if run.method == HELD_OUT else 0
     rest = others = iter(())
     if until:
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))

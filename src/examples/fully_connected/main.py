@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import BatchSampler, RandomSampler
 from tqdm import tqdm
 
 from manic import History, Mechanic, Updater
@@ -61,11 +63,13 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
     schedule = CosineAnnealingLR(optimizer, steps)
     history, losses = History(), []
     updater = Updater(optimizer, schedule) if manic else None
-    mechanic = Mechanic(updater, log_func=history) if updater else None
+    epoch = BatchSampler(RandomSampler(range(len(x))), 64, drop_last=True)  # shuffled anew at every pass
+    mechanic = Mechanic(updater, steps_per_epoch=len(epoch), log_func=history) if updater else None
 
     start = time.perf_counter()
-    for _ in tqdm(range(steps), desc=f"{'manic' if manic else 'AdamW'}, lr {lr:.2g}, seed {seed}", leave=False):
-        picked = torch.randint(len(x), (64,))
+    batches = islice(chain.from_iterable(repeat(epoch)), steps)
+    title = f"{'manic' if manic else 'AdamW'}, lr {lr:.2g}, seed {seed}"
+    for picked in tqdm(batches, desc=title, total=steps, leave=False):
         loss = nn.functional.cross_entropy(model(x[picked]), y[picked])
         optimizer.zero_grad()
         loss.backward()

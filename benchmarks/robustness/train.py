@@ -257,7 +257,7 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    until = min(steppers[0].learns, run.steps // 2) if run.method == HELD_OUT else 0
+    until = min(steppers[0].learning_steps, run.steps // 2) if run.method == HELD_OUT else 0
     rest = others = iter(())
     if until:
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))

@@ -133,12 +133,12 @@ class Mechanic:
         return self.updater.scale
 
     @property
-    def learns(self) -> float:
-        """The steps that the scale is learned for: 243, or nine epochs if that is less, but 81 at least.
+    def learning_steps(self) -> int:
+        """The steps that the scale is learned for: 243, or nine epochs if these are known and less, but 81 at least.
 
-        Infinite with a published rule.
+        ``sys.maxsize`` with a published rule, which learns for as long as a run takes.
         """
-        return self._config.learns
+        return self._config.learning_steps
 
     @property
     def optimizer(self) -> Optimizer:

@@ -48,7 +48,7 @@ e       ``seen``         (...)      how often the rows of a step were seen befor
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has
-T       ``learns``       number     the steps that the tuner learns for: 243; if E is known 9E, from 81 to 243
+T       learning_steps   number     the steps that the tuner learns for: 243; if E is known 9E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -108,6 +108,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -170,15 +171,15 @@ class TunerConfig:
         return RESCALED if self.rule == "manic" else 1.0
 
     @property
-    def learns(self) -> float:
-        """T; infinite for the published rules.
+    def learning_steps(self) -> int:
+        """T; ``sys.maxsize`` for the published rules, which learn for as long as a run takes.
 
         Example:
-            >>> [TunerConfig(steps_per_epoch=steps).learns for steps in (None, 1, 20, 100)]
+            >>> [TunerConfig(steps_per_epoch=steps).learning_steps for steps in (None, 1, 20, 100)]
             [243, 81, 180, 243]
         """
         if self.rule != "manic":
-            return math.inf
+            return sys.maxsize
         epochs = LEARNS if self.steps_per_epoch is None else EPOCHS * self.steps_per_epoch
         return round(min(max(epochs, LEARNS / 3), LEARNS))
 
@@ -300,7 +301,7 @@ def restarts(step: Any, config: TunerConfig) -> Any:
         >>> [step for step in range(1, 270) if restarts(step, TunerConfig())]
         [1, 3, 9, 27, 81, 243, 252, 261]
     """
-    since = step - config.learns
+    since = step - config.learning_steps
     return config.rule == "manic" and ((LEARNS % step == 0) & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 
@@ -311,7 +312,7 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
         >>> [is_learning(step, TunerConfig()) for step in (243, 244)]
         [True, False]
     """
-    return config.rule != "manic" or step <= config.learns
+    return config.rule != "manic" or step <= config.learning_steps
 
 
 def seen(step: Any, config: TunerConfig) -> Any:

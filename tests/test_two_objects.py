@@ -505,6 +505,12 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> 
     assert [row["iter_count"] for row in logged] == list(range(1, 31))
 
 
+def test_making_the_two_reads_nothing_from_the_device() -> None:
+    """A meta tensor has nothing to read."""
+    _, mechanic = pair(make_net().to("meta"))
+    assert mechanic.scale.is_meta
+
+
 @pytest.mark.parametrize("change", ["clip", "accumulate", "new"])
 def test_gradients_that_change_between_the_two_steps_are_told_once(change: str) -> None:
     model = make_net()

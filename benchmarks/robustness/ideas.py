@@ -347,7 +347,6 @@ IDEAS = {
     "…, T after twelve": replace(NINE, learns_passes=12.0),
     "…, T after fifteen": replace(NINE, learns_passes=15.0),
     "…, T after nine, forgetting half each time until then": replace(NINE, kept=0.5),
-    "…, T after nine, α = 0.25": replace(NINE, rescaled=0.25),
     "…, T after nine, then Δ anew every 3": replace(NINE, short=3),
     "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
     "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
@@ -566,8 +565,8 @@ class Tuner:
         if self.idea.short and step >= self.idea.learns:
             self.turn = step + self.idea.short
         elif self.idea.recentre == "growing":
-            self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period)
-            self.turn = min(self.turn, self.idea.learns) if step < self.idea.learns else self.turn
+            learned = self.idea.learns if step < self.idea.learns else math.inf
+            self.turn = min(max(step + 1, round(step * self.idea.growth)), step + self.idea.period, learned)
         if self.idea.ceiling and step >= 81:
             self.limit = self.idea.ceiling * self.largest
         self.largest = torch.zeros_like(self.scale)
@@ -594,12 +593,12 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
         first, others = (Stack(part, stack.seeds).batches(until) for part in held_out(stack.task, share, 0))
         data = chain(first, stack.batches(steps - until))
     if clairvoyant:
-        rows = replace(stack.task, train=stack.task.valid)
-        others = Stack(rows, [50 + seed for seed in stack.seeds]).batches(tuner.LEARNS)
+        valid = replace(stack.task, train=stack.task.valid)
+        others = Stack(valid, [50 + seed for seed in stack.seeds]).batches(tuner.LEARNS)
     for step, rows in enumerate(data):
         g = tuned_on = stack.gradient(x, *rows)[0]
         tuned = [step < until and tunes(step, idea.every) for idea in ideas]
-        if others and any(tuned) and step < (tuner.LEARNS if clairvoyant else until):
+        if others and any(tuned) and not (clairvoyant and step >= tuner.LEARNS):
             tuned_on = stack.gradient(x, *next(others))[0]
         part, after = factor(schedule, step, steps), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)

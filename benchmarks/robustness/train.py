@@ -205,11 +205,11 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Data]:
     generator = torch.Generator().manual_seed(100 + seed)
     count, left = len(task.train[0]), torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
-        while len(left) < task.batch and not task.replacement:
+        if task.replacement:
+            left = torch.randint(count, (task.batch,), generator=generator)
+        while len(left) < task.batch:
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         rows, left = left[: task.batch], left[task.batch :]
-        if task.replacement:
-            rows = torch.randint(count, (task.batch,), generator=generator)
         yield task.train[0][rows], task.train[1][rows]
 
 

@@ -434,12 +434,11 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     peak, top = torch.maximum(state.peak, f), torch.maximum(state.top, f)
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
-    signal = 2 * (k * state.last / usual).clamp(max=UNUSUAL**2)
+    signal, weight = 2 * (k * state.last / usual).clamp(max=UNUSUAL**2), 1.0
     if e is not None:
         signal = torch.where((k > 0) & (state.last > 0), UPHILL * signal, signal)
-    noise = k**2 / usual - signal
-    if e is not None:
-        noise = torch.where(state.last == 0, e.clamp(max=1), e) * noise
+        weight = torch.where(state.last == 0, e.clamp(max=1), e)
+    noise = weight * (k**2 / usual - signal)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
     premium = torch.where(top > 0, top / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)

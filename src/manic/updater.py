@@ -251,7 +251,7 @@ class Updater:
 
     def _start(self, scale: Tensor) -> None:
         """Set the scale in force, which no step has led to; `Mechanic` calls this when it is made or loaded."""
-        if not torch.equal(self._scale, scale.to(self._scale)):
+        if self.displacement.slots and not torch.equal(self._scale, scale.to(self._scale)):
             self.displacement.stay()
         self._scale.copy_(scale)
         self._next_scale.copy_(scale)
@@ -272,7 +272,7 @@ class Updater:
         self._check_pending()
         self._heed_scaler()
         parameters = self._parameters()
-        if self._gradient != _first_gradient(parameters) and not self._warned_of_gradient:
+        if not self._warned_of_gradient and self._gradient != _first_gradient(parameters):
             self._warned_of_gradient = True
             warn(
                 "The gradients were changed between mechanic.step() and updater.step(); expected the same in both. "

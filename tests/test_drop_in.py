@@ -94,6 +94,50 @@ def test_hooks_fire_once(plain_first: bool) -> None:
     assert fired == ["pre", "post", "global"] * 2
 
 
+def test_a_slip_in_an_option_is_not_taken_for_the_default_nor_the_default_for_it() -> None:
+    """As 1 equals True."""
+    parameters = [nn.Parameter(torch.ones(2))]
+    slips: list[dict[str, Any]] = [{"store_delta": 1}, {"internal_lr": True}, {"log_every": False}]
+    for slip in slips:
+        wrong = mechanize(torch.optim.Adam, **slip)
+        with pytest.raises(TypeError, match=f"{next(iter(slip))} is"):
+            wrong(parameters, lr=1.0)
+        right = mechanize(torch.optim.Adam)
+        assert is_mechanized(right(parameters, lr=1.0))
+        with pytest.raises(TypeError, match=f"{next(iter(slip))} is"):
+            mechanize(torch.optim.Adam, **slip)(parameters, lr=1.0)
+    assert mechanize(torch.optim.Adam) is right
+
+
+def test_hooks_before_a_load_see_the_whole_state() -> None:
+    """One that goes by the names of parameters, and not by their order, as torch advises."""
+    model, other = make_net(), make_net(1)
+    optimizer = mechanize(torch.optim.AdamW)(model.named_parameters(), lr=1.0)
+    train(model, optimizer, range(20))
+    turned = list(other.named_parameters())[::-1]
+    resumed = mechanize(torch.optim.AdamW)(turned, lr=1.0)
+    calls = []
+
+    def by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        (group,), names = saved["param_groups"], optimizer.param_groups[0]["param_names"]
+        places = dict(zip(group["param_names"], group["params"], strict=True))
+        state = {i: saved["state"][places[name]] for i, name in enumerate(names)}
+        calls.append(names)
+        return {"state": state, "param_groups": [{**group, "params": list(state), "param_names": names}]}
+
+    resumed.register_load_state_dict_pre_hook(by_name)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert calls == [[name for name, _ in turned]]
+    before = flat(model)
+    train(model, optimizer, range(20, 60))
+    train(other, resumed, range(20, 60))
+    assert relative_difference(flat(model), before) > 1e-3
+    assert relative_difference(flat(other), flat(model)) < 1e-9
+    resumed.load_state_dict(optimizer.state_dict())
+    assert len(calls) == 2  # the hook stays
+
+
 def test_schedulers_see_and_set_the_lr_given() -> None:
     model = make_net()
     optimizer = make(model)

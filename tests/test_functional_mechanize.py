@@ -307,6 +307,25 @@ def test_any_stepper_and_any_tree():
     assert state.base["count"] == 300
 
 
+def test_autocast_leaves_the_tuners_sums_alone():
+    """They would be of float16, in which small gradients have no square and large ones an infinite one."""
+    start, config = {"w": torch.tensor([3.0, -2.0])}, SGDConfig(lr=1.0)
+    init, step = mechanize(sgd_step)
+
+    def run(size, enabled):
+        params, state = start, init(start, sgd_init(start, config))
+        for _ in range(50):
+            grads = {"w": size * params["w"]}
+            with torch.autocast("cpu", torch.float16, enabled=enabled):
+                params, state = step(params, grads, state, config)
+        return params, state
+
+    for size in (1e-6, 1.0, 1e3):
+        plain = run(size, enabled=False)
+        assert distance(plain[0], start) > 0.5
+        assert same_bits(run(size, enabled=True), plain)
+
+
 def test_the_loss_scalers_overflows_are_skipped():
     """Where the loss scale is too large at first, the same run as without one, some steps later."""
     start = {"w": torch.tensor([3.0, -2.0])}

@@ -106,6 +106,25 @@ def test_gradients_that_a_scaler_has_not_unscaled_for_the_updater_are_refused(un
     assert 0 < relative_difference(flat(model), before) < 1
 
 
+def test_what_a_scaler_told_is_forgotten_after_an_error() -> None:
+    """Or all steps without a scaler would be skipped, because this one found an inf once."""
+    model = make_net()
+    tuned = Tuned("two objects", model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    x, y = batch(0)
+    scaler.scale((model(x) - y).square().mean() * float("inf")).backward()
+    scaler.unscale_(tuned.target)
+    with pytest.raises(RuntimeError, match=r"without a mechanic\.step\(\)"):
+        scaler.step(tuned.target)
+    before = flat(model)
+    for step in range(10):
+        x, y = batch(step)
+        model.zero_grad()
+        (model(x) - y).square().mean().backward()
+        tuned.step()
+    assert relative_difference(flat(model), before) > 1e-3
+
+
 def test_a_step_that_only_the_scaler_knows_to_be_bad_is_skipped() -> None:
     """The gradients of the training rows, where the scale is learned from others, and nobody has checked them."""
     model = make_net()

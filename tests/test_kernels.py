@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import OPTIMIZERS, batch, flat, make_net, relative_difference
+from problems import OPTIMIZERS, backward, batch, flat, make_net, relative_difference
 from torch import Tensor, nn
 
 from manic import Mechanic, Updater, mechanize
@@ -152,6 +152,28 @@ def test_one_compiled_move_serves_all_models(monkeypatch: pytest.MonkeyPatch) ->
     with torch._dynamo.config.patch(error_on_recompile=True):
         train([(4, 4, 3, 3), (8, 10), (100,), (7,), (5, 2)] + [(9, 9)] * 20)
     assert compiled.can_take(torch.zeros(2))
+
+
+@needs_compiler
+def test_a_resumed_run_on_the_compiled_form_takes_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first steps, which look for s_init, are made otherwise than the later ones."""
+    monkeypatch.setenv("MANIC_KERNELS", "compiled")
+    model, twin = make_net(dtype=torch.float32), make_net(1, dtype=torch.float32)
+    start = flat(model)
+    optimizer, resumed = (mechanize(torch.optim.AdamW)(net.parameters(), lr=1.0) for net in (model, twin))
+
+    def train(net: nn.Module, steps: range) -> None:
+        for step in steps:
+            backward(net, step, torch.float32)
+            (optimizer if net is model else resumed).step()
+
+    train(model, range(12))
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for net in (model, twin):
+        train(net, range(12, 40))
+    assert relative_difference(flat(model), start) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
 
 
 @needs_compiler

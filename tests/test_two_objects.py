@@ -501,8 +501,23 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> 
         assert torch.equal(flat(model), before) == (step == 20 and bad == "training rows")
         if step == 20:
             assert (float(mechanic.scale) == scale) == (bad == "held-out rows")
-    assert int(mechanic.state_dict()["skipped"]) == 1
+    assert int(mechanic.state_dict()["skipped"]) == (bad == "training rows")
     assert [row["iter_count"] for row in logged] == list(range(1, 31))
+
+
+def test_a_step_is_skipped_once_however_often_its_gradients_were_bad() -> None:
+    """Also in what is saved before it is skipped."""
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(5))
+    backward(model, 5)
+    assert model.gain.grad is not None
+    model.gain.grad.fill_(math.nan)
+    for _ in range(2):
+        mechanic.step()
+        assert int(mechanic.state_dict()["skipped"]) == 0
+    assert updater.step() is None
+    assert int(mechanic.state_dict()["skipped"]) == 1
 
 
 def test_making_the_two_reads_nothing_from_the_device() -> None:

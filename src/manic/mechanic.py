@@ -114,6 +114,7 @@ class Mechanic:
         self._steps = 0
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
+        self._skipped_before = self._skipped.clone()  # the step that is pending
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
@@ -191,6 +192,7 @@ class Mechanic:
         if not self.updater._pending:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
+            self._skipped_before.copy_(self._skipped)
         config = self._config
         if config.max_scale is not None:
             config = replace(config, max_scale=config.max_scale / self.updater._unit)
@@ -208,13 +210,14 @@ class Mechanic:
         if self.updater.nonfinite == "raise" and not finite:
             self._steps, self.updater._pending = step - 1, False
             torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
+            self._skipped.copy_(self._skipped_before)
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
                 f"At step {step} the gradient's norm is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
-        self._skipped += ~finite
+        torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
         self.updater._propose(total, finite, begin, restart)
         if tune:
@@ -238,9 +241,13 @@ class Mechanic:
     ) -> Tensor:
         """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, grad_square, param_norm, update_norm, count, config)
+        self._note_start()
+        return self._state.scales.sum()
+
+    def _note_start(self) -> None:
+        """Know from here on whether s_init is known, where that is no wait for a device."""
         if self._state.start.is_cpu and self._state.start.any():
             self._found_at = self._steps
-        return self._state.scales.sum()
 
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Stop tuning: fold the scale into the learning rates and carry on with the plain optimizer.
@@ -272,7 +279,7 @@ class Mechanic:
             "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
             "scale": self.updater._scale.clone(),  # in force: not the tuner's after a step that was skipped
             "steps": self._steps - self.updater._pending,
-            "skipped": self._skipped.clone(),
+            "skipped": (self._skipped_before if self.updater._pending else self._skipped).clone(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -290,6 +297,7 @@ class Mechanic:
         self._diagnosis = Diagnosis()
         self._skipped.copy_(state_dict["skipped"])
         self._state = state
+        self._note_start()
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
         self.updater._start(state_dict["scale"])
 
@@ -318,6 +326,7 @@ class Mechanic:
             self._state = TunerState(*(tensor.to(like) for tensor in self._state))
             self._previous = TunerState(*(tensor.to(like) for tensor in self._previous))
             self._skipped = self._skipped.to(like.device)
+            self._skipped_before = self._skipped_before.to(like.device)
 
     def _log(self, h: Tensor) -> None:
         every = self.log_every or (1 if self.log_func is not None else 0)

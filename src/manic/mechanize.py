@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -100,7 +101,8 @@ def mechanize(
     }
     tuner["betas"] = TunerConfig(**tuner).betas
     mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
-    key = (base, *updater.values(), *tuner.values(), id(log_func), log_every)
+    values = (*updater.values(), *tuner.values(), log_every)
+    key = (base, id(log_func), values, *map(type, values))  # for 1 == True
     made = _classes.get(key)
     if made is None:
         options = {"updater": updater, "mechanic": mechanic}
@@ -199,6 +201,12 @@ class _Mechanized(Optimizer):
         Raises:
             ValueError: the state is of another model or kind, or of an optimizer that is not mechanized.
         """
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()
+            for hook in hooks.values():  # which see x_ref and Δ as well
+                result = hook(self, state_dict)
+                state_dict = state_dict if result is None else result
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         if not groups:
             raise ValueError(
@@ -231,8 +239,10 @@ class _Mechanized(Optimizer):
 
         base = {**state_dict, "state": base_state}
         with undone_on_error(self):
+            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
             super().load_state_dict(base)
             keep_dtypes(self, base, mechanic["dtypes"])
+            self._optimizer_load_state_dict_pre_hooks = hooks
         self.mechanic.load_state_dict(mechanic)
         self.updater._load_tuning(
             mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement

@@ -269,6 +269,14 @@ class Updater:
         Raises:
             RuntimeError: there was no ``mechanic.step()`` before.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # a GradScaler takes back what it told only after a step
+                vars(self).pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_pending()
         self._heed_scaler()
         parameters = self._parameters()
@@ -336,7 +344,6 @@ class Updater:
         """
         told = vars(self)
         if told.get("grad_scale") is not None:
-            del told["grad_scale"], told["found_inf"]
             raise RuntimeError(
                 "The GradScaler has not unscaled the gradients of this Updater. Call scaler.unscale_(updater), and not "
                 "scaler.unscale_(optimizer), before mechanic.step(). Nothing was changed."

@@ -172,11 +172,11 @@ def _begun(
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:
-    """The four sums, each a 0-d tensor of the scale's dtype; products are in the dtype of Δ."""
+    """The four sums, 0-d tensors of the scale's dtype; products are in that of Δ, whatever autocast makes of ``@``."""
 
     def row(d: Tensor, g: Tensor, x: Tensor) -> Tensor:
         d = d.reshape(-1)
         g, x = g.reshape(-1).to(d.dtype), x.reshape(-1).to(d.dtype)
-        return torch.stack([d @ g, d @ x, g @ g, x @ x]).to(scale.dtype)
+        return torch.stack([torch.dot(*pair) for pair in ((d, g), (d, x), (g, g), (x, x))]).to(scale.dtype)
 
     return Sums(*torch.stack(tree_leaves(tree_map(row, delta, grads, params))).sum(0))

@@ -1,4 +1,4 @@
-"""What was tried on the way to the default rule, on four of the six tasks that it was chosen on.
+"""What was tried on the way to the default rule, on four of the tasks that it was chosen on.
 
 Every idea trains the same nets, stacked, under AdamW, SGD with momentum and Lion, each with three schedules; the tables
 say how far the validation loss, at the end and at its lowest on the way, is above that of the best rate of the grid.
@@ -6,7 +6,7 @@ See docs/tried.md.
 
     python benchmarks/robustness/ideas.py [--ideas NAME ...] [--tasks NAME ...] [--bases NAME ...]
                                           [--schedules NAME ...] [--seeds N] [--smaller N] [--steps N]
-                                          [--replacement] [--out FOLDER]
+                                          [--replacement] [--recognized] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -403,8 +403,8 @@ class Tuner:
     def __init__(self, idea: Idea, stack: Stack) -> None:
         self.steps_per_epoch = stack.task.steps_per_epoch
         if idea.learns_passes < math.inf:
-            passes = round(idea.learns_passes * self.steps_per_epoch)
-            idea = replace(idea, learns=min(max(81, passes), idea.learns))
+            passes = max(81, idea.learns_passes * self.steps_per_epoch)
+            idea = replace(idea, learns=round(min(passes, idea.learns)))
         self.idea = idea
         self.betas = torch.tensor(idea.betas, dtype=torch.float64)
         self.n = len(idea.betas)
@@ -630,22 +630,22 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
 
 
 def pair(
-    task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int, seeds: int, replacement: bool
+    task: str, base: str, schedule: str, names: list[str], smaller: int, steps: int, seeds: int, **rows: bool
 ) -> dict[str, list[tuple[float, float]]]:
     """Of every idea: gap and regret of each of the losses in `SCORED`."""
     torch.set_num_threads(1)
     made = TASKS[task]()
-    made = replace(made, batch=made.batch // smaller, replacement=replacement)
+    made = replace(made, batch=made.batch // smaller, **rows)
     stack = Stack(made, list(range(seeds)))
     _, tuned = stack.tuned(base, schedule, steps)
     start = mean(row[0].valid for row in stack.losses([stack.start[:, None]]))
     result = {}
 
-    def rows(name: str) -> tuple[float, float, bool]:
+    def kind_of(name: str) -> tuple[float, float, bool]:
         return IDEAS[name].held_out, IDEAS[name].until, IDEAS[name].clairvoyant
 
-    for kind in set(map(rows, names)):
-        alike = [name for name in names if rows(name) == kind]
+    for kind in set(map(kind_of, names)):
+        alike = [name for name in names if kind_of(name) == kind]
         tried = stack.losses(train(stack, base, schedule, [IDEAS[name] for name in alike], steps))
         for i, name in enumerate(alike):
             result[name] = []
@@ -666,13 +666,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--smaller", type=int, default=1, metavar="N", help="batches of an N-th of their size")
     parser.add_argument("--replacement", action="store_true", help="draw rows at random, not shuffled by epoch")
+    parser.add_argument("--recognized", action="store_true", help="count epochs where rows are augmented as well")
     parser.add_argument("--out", type=Path, default=Path("runs/robustness"))
     options = parser.parse_args()
     found = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         places = product(options.tasks, options.bases, options.schedules)
-        more = options.ideas, options.smaller, options.steps, options.seeds, options.replacement
-        jobs = {pool.submit(pair, *place, *more): place for place in places}
+        more = options.ideas, options.smaller, options.steps, options.seeds
+        rows = {"replacement": options.replacement, "recognized": options.recognized}
+        jobs = {pool.submit(pair, *place, *more, **rows): place for place in places}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="pair"):
             found[" | ".join(jobs[job])] = job.result()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,8 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Data]:
         while len(left) < task.batch:
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         rows, left = left[: task.batch], left[task.batch :]
-        yield task.train[0][rows], task.train[1][rows]
+        inputs = task.train[0][rows]
+        yield task.augment(inputs, generator) if task.augment else inputs, task.train[1][rows]
 
 
 def held_out(task: Task, share: float, seed: int) -> tuple[Task, Task]:

@@ -41,7 +41,7 @@ class Mechanic:
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
             The scale is then learned for nine epochs, if these are fewer than 243 steps. After that noise lowers it the
             more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
-            comes twice. ``None``: not known.
+            comes twice, as where inputs are augmented at random. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.

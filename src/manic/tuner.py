@@ -134,7 +134,7 @@ UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place 
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
-    "steps_per_epoch": " It is how many steps an epoch takes, as in len(loader); math.inf if no row ever comes again.",
+    "steps_per_epoch": " It is how many steps an epoch takes, as in len(loader); math.inf if no row comes twice.",
 }
 
 

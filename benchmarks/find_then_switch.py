@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from statistics import mean
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import BatchSampler, RandomSampler
 
 from manic import Mechanic, Updater
 
@@ -36,11 +38,12 @@ class Task:
         test, train = order[: len(x) // 4], order[len(x) // 4 :]
         self.x, self.y, self.test_x, self.test_y = x[train], y[train], x[test], y[test]
         torch.manual_seed(seed)
+        self.batches = chain.from_iterable(repeat(BatchSampler(RandomSampler(self.x), 64, drop_last=True)))
         self.model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
     def backward(self) -> Tensor:
-        """Gradients of the loss of a random batch."""
-        rows = torch.randint(len(self.x), (64,))
+        """Gradients of the loss of a batch; rows are shuffled anew for every epoch."""
+        rows = next(self.batches)
         self.model.zero_grad()
         loss = nn.functional.cross_entropy(self.model(self.x[rows]), self.y[rows])
         loss.backward()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain, islice, repeat
 from statistics import mean
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import BatchSampler, RandomSampler
 
 from manic import Mechanic, Updater
 
@@ -87,9 +89,9 @@ WAYS: dict[str, tuple[Callable[[nn.Sequential], Groups], bool]] = {  # and wheth
 
 
 def losses(model: nn.Sequential, x: Tensor, y: Tensor, steps: int) -> Iterator[int]:
-    """Put the gradients of random batches into the model."""
-    for step in range(steps):
-        rows = torch.randint(len(x), (32,))
+    """Put the gradients of batches into the model; rows are shuffled anew for every epoch."""
+    epoch = BatchSampler(RandomSampler(x), 32, drop_last=True)
+    for step, rows in enumerate(islice(chain.from_iterable(repeat(epoch)), steps)):
         model.zero_grad()
         nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
         yield step

@@ -105,6 +105,32 @@ def test_the_best_on_the_way() -> None:
     assert not math.isfinite(gone.valid)
 
 
+def test_an_epoch_has_every_row_once() -> None:
+    """Anew in every epoch, but with replacement; a batch may be of two epochs."""
+    task = replace(tasks.diabetes(), train=(torch.arange(50), torch.arange(50)), batch=8)
+    rows = torch.cat([inputs for inputs, _ in training.batches(task, 0, 25)]).view(4, 50)
+    assert all(epoch.sort().values.equal(torch.arange(50)) for epoch in rows)
+    assert not rows[0].equal(rows[1])
+    assert task.steps_per_epoch == 50 / 8
+    (some, _), *_ = training.batches(replace(task, batch=50, replacement=True), 0, 1)
+    assert len(some.unique()) < 50
+
+
+def test_augmented_inputs_never_come_twice() -> None:
+    task = tasks.augmented()
+    assert math.isinf(task.steps_per_epoch)
+    assert replace(task, recognized=True).steps_per_epoch == len(task.train[0]) / task.batch
+    epochs = [list(training.batches(replace(task, batch=len(task.train[0])), seed, 2)) for seed in (0, 0, 1)]
+    first, second = (torch.cat([task.train[0], *(inputs for inputs, _ in epoch)]) for epoch in (epochs[0], epochs[2]))
+    assert len(first.unique(dim=0)) == len(first)
+    assert not first.equal(second)
+    assert all(torch.equal(*pair) for pair in zip(epochs[0][0], epochs[1][0], strict=True))
+    images = torch.full((200, 64), 0.5)
+    seen = tasks.shifted(images, torch.Generator().manual_seed(0)).view(-1, 8, 8)
+    empty = seen.mean((0, 2)) < seen.mean() - 0.2  # a third of the images have no ink in the first row, or the last
+    assert empty.tolist() == [True, *[False] * 6, True]
+
+
 def test_schedules() -> None:
     factors = {name: [training.factor(name, step, 100) for step in range(100)] for name in SCHEDULES}
     assert factors["constant"] == [1.0] * 100

@@ -39,6 +39,8 @@ SCORED = {"valid": "the validation loss at the end", "best": "the lowest validat
 
 OF_PASSES: dict[str, Callable[[float], float]] = {
     "once": lambda e: 1.0,
+    "a third": lambda e: 1 / 3,
+    "never": lambda e: 0.0,
     "before": lambda e: max(0.0, e - 1),
     "so far": lambda e: e,
     "root": math.sqrt,
@@ -201,6 +203,7 @@ CHARGED = Idea(s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
 EPOCHS = replace(TOLD, rises=1.0)
 NINE = replace(EPOCHS, learns_passes=float(tuner.EPOCHS))
+TOLD_NOW = replace(NINE, uphill=tuner.UPHILL)
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -351,14 +354,22 @@ IDEAS = {
     "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
     "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
     "…, T after nine, λ = 0.01 from the ninth on": replace(NINE, s_decay=0.01, charged="to one in nine"),
-    "**…, T after nine, what repeats uphill counts two thirds: the rule now**": replace(NINE, uphill=tuner.UPHILL),
+    "**…, T after nine, what repeats uphill counts two thirds: the rule now**": TOLD_NOW,
     "…, T after nine, what repeats uphill counts for nothing": replace(NINE, uphill=0.0),
+    "…, T after nine, forgetting half each time until then, β = 1": replace(TOLD_NOW, kept=0.5, betas=(1.0,)),
+    "…, T after nine, forgetting half each time until then, β = 1, and half as much again": replace(
+        TOLD_NOW, kept=0.5, betas=(1.0,), rises=1.5
+    ),
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
     "…, Δ anew every two passes": replace(EPOCHS, anew=2.0),
     "for 81 steps": Idea(learns=81),
     "what repeats uphill counts two thirds": Idea(uphill=tuner.UPHILL),
+    "a noisy step counts a third": Idea(seen="a third"),
+    "noise counts for nothing": Idea(seen="never"),
+    "what the schedule decays is a part of the fall": Idea(shared=True),
+    "forgetting half each time until T, β = 1": Idea(kept=0.5, betas=(1.0,)),
     "h of the validation rows until T": Idea(clairvoyant=True),
     "h of the validation rows until T, with the epoch given": replace(EPOCHS, clairvoyant=True),
     "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.7": replace(

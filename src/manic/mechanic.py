@@ -295,7 +295,8 @@ class Mechanic:
         self.updater._restored.add("Mechanic")
         self._steps = state_dict["steps"]
         self._diagnosis = Diagnosis()
-        self._skipped.copy_(state_dict["skipped"])
+        for skipped in (self._skipped, self._skipped_before):
+            skipped.copy_(state_dict["skipped"])
         self._state = state
         self._note_start()
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))

@@ -114,7 +114,7 @@ class Mechanic:
         self._steps = 0
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
-        self._skipped_before = self._skipped.clone()  # the step that is pending
+        self._skipped_before = self._skipped.clone()  # before the step that is pending
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
         self._previous = TunerState(*(tensor.clone() for tensor in self._state))
@@ -210,7 +210,6 @@ class Mechanic:
         if self.updater.nonfinite == "raise" and not finite:
             self._steps, self.updater._pending = step - 1, False
             torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
-            self._skipped.copy_(self._skipped_before)
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
                 f"At step {step} the gradient's norm is {float(norm)} and h is {float(h)}; "

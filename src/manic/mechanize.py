@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -19,7 +18,7 @@ from manic.checkpoint import check_entries, check_version, copied, dtypes, keep_
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic
 from manic.tuner import BETAS, TunerConfig, TunerState
-from manic.updater import Updater, check_kind
+from manic.updater import Updater, check_kind, held_hooks
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
@@ -201,10 +200,9 @@ class _Mechanized(Optimizer):
         Raises:
             ValueError: the state is of another model or kind, or of an optimizer that is not mechanized.
         """
-        hooks = self._optimizer_load_state_dict_pre_hooks
         if isinstance(state_dict, dict):
             state_dict = state_dict.copy()
-            for hook in hooks.values():  # which see x_ref and Δ as well
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():  # which see x_ref and Δ as well
                 result = hook(self, state_dict)
                 state_dict = state_dict if result is None else result
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
@@ -238,11 +236,9 @@ class _Mechanized(Optimizer):
         self.updater._check_displacement(displacement)
 
         base = {**state_dict, "state": base_state}
-        with undone_on_error(self):
-            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        with undone_on_error(self), held_hooks(self, "_optimizer_load_state_dict_pre_hooks"):
             super().load_state_dict(base)
             keep_dtypes(self, base, mechanic["dtypes"])
-            self._optimizer_load_state_dict_pre_hooks = hooks
         self.mechanic.load_state_dict(mechanic)
         self.updater._load_tuning(
             mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement

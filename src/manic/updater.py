@@ -297,7 +297,11 @@ class Updater:
         with torch.no_grad():
             before = self.displacement.begin() if one_pass is None else None
         try:
-            with self._internal_rates(), self._found_inf(on_device), self._held_hooks():
+            with (
+                self._internal_rates(),
+                self._found_inf(on_device),
+                held_hooks(self.base_optimizer, "_optimizer_step_post_hooks"),  # they would see an unscaled step
+            ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
                 else:
@@ -655,21 +659,6 @@ class Updater:
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
-    @contextmanager
-    def _held_hooks(self) -> Iterator[None]:
-        """Keep the base's hooks after a step from seeing where the base alone would go."""
-        base: Any = self.base_optimizer
-        hooks = getattr(base, "_optimizer_step_post_hooks", None)
-        if not hooks:
-            yield
-            return
-        base._optimizer_step_post_hooks = OrderedDict()
-        try:
-            yield
-        finally:
-            hooks.update(base._optimizer_step_post_hooks)  # those that were registered in the step
-            base._optimizer_step_post_hooks = hooks
-
     def _plan_one_pass(self) -> Any:
         """The base step and the move as one pass, see `Displacement.plan`; not if somebody wraps the base's step."""
         if self._stepped is not self.base_optimizer or self._begin is not None:  # which looks at the base's step
@@ -708,6 +697,21 @@ class Updater:
             yield
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+
+
+@contextmanager
+def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
+    """Keep an optimizer's hooks of a kind, by the name that torch has for them, from being called."""
+    hooks = getattr(optimizer, kind, None)
+    if not hooks:
+        yield
+        return
+    setattr(optimizer, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        hooks.update(getattr(optimizer, kind))  # those that were registered meanwhile
+        setattr(optimizer, kind, hooks)
 
 
 class _NotFiniteError(Exception):

@@ -48,7 +48,7 @@ class Oracle:
             self._tune(x, g, factor)
         if self.s_init is None:
             size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
-            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / factor)
+            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / min(factor, 1.0))
             self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
         before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
@@ -85,11 +85,15 @@ class Oracle:
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
             fall /= self.premium
-            rise = min(3.0, self.top / factor) if factor else 3.0 if self.top else 1.0
+            rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0 if self.top else 1.0
             self.premium = rise ** (81 / (81 + self.noise))
             self.s = [s * fall * self.premium for s in self.s]
             return
-        self.peak, self.top = max(self.peak, factor), factor
+        before, self.peak, self.top = self.peak, max(self.peak, factor), factor
+        if self.rule == "manic":
+            held = max(before, 1.0) / max(self.peak, 1.0)
+            self.s, self.r = [held * s for s in self.s], [held * r for r in self.r]
+            self.s_init = self.s_init and held * self.s_init
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])

@@ -71,6 +71,53 @@ def test_a_warmup_moves_less(first: float) -> None:
         break
 
 
+def steep(step: int) -> float:
+    """A thousand times as high after 100 steps, and so on."""
+    return 1 + 999 * (1 - abs(step % 200 - 100) / 100)
+
+
+@pytest.mark.parametrize("kind", ["rises", "starts high", "left by another schedule"])
+def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
+    """A schedule that rises above its start, as a cyclic one, is no warmup."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    x = torch.randn(256, 4)
+    y = x.prod(1, keepdim=True)
+    base = torch.optim.SGD(model.parameters(), lr=1e-4 if kind == "left by another schedule" else 1.0)
+    factors = {"rises": steep, "starts high": lambda step: 100.0 if step < 3 else 1.0}
+    schedule = LambdaLR(base, factors.get(kind, lambda step: 1.0))
+    if kind == "left by another schedule":
+        base.param_groups[0]["lr"] = 1.0
+        schedule = None
+    updater = Updater(base, schedule)
+    mechanic = Mechanic(updater)
+    moves, losses = [], []
+    for _ in range(400):
+        before = flat(model)
+        updater.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        mechanic.step()
+        updater.step()
+        moves.append(relative_difference(flat(model), before))
+        losses.append(float(loss.detach()))
+    assert moves[0] == pytest.approx(FIRST, rel=1e-5)
+    assert max(moves[:10]) < 1.5 * FIRST
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_before_the_search_is_over_the_scale_falls_as_the_schedule_rises_above_one() -> None:
+    """And not while it rises to one."""
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+    def jump(step: int) -> float:
+        return 0.5 if step <= 50 else 1.0 if step <= 100 else 10.0
+
+    constant, rising = (scales_of(200, lambda step: noise[step - 1] - 1, factor) for factor in (lambda _: 1.0, jump))
+    assert rising[:100] == constant[:100]
+    assert rising[100:] == pytest.approx([scale / 10 for scale in constant[100:]])
+
+
 def test_the_start_is_at_the_first_step_that_moves_something() -> None:
     model = make_net()
     base = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -339,12 +386,22 @@ def decay(step: int) -> float:
     return max(0.1, 1 - step / 1000)
 
 
-def test_where_h_is_signal_the_rate_stays_until_the_schedule_has_fallen_to_a_third() -> None:
-    """Of what it was when the scale was learned."""
+def test_where_h_is_signal_the_rate_rises_as_the_schedule_falls() -> None:
+    """From where the scale was learned, to what it was learned at at most, and to three times what the schedule has."""
     scales = scales_of(1200, lambda step: -1.0, decay)
-    rates = [scale * decay(step) for step, scale in enumerate(scales, 1)]
-    assert rates[245:740] == pytest.approx(495 * [rates[242]], rel=1e-3)  # the first two of a new Δ are no signal yet
-    assert scales[760:] == pytest.approx(440 * [3 * scales[242]], rel=1e-3)
+    rates = [scale * decay(step) / scales[242] for step, scale in enumerate(scales, 1)]
+    first, learned = decay(1), decay(243)
+    expected = [min(learned**2 / decay(step), first, 3 * decay(step)) for step in range(1, 1201)]
+    assert rates[245:] == pytest.approx(expected[245:], rel=1e-3)  # the first two of a new Δ are no signal yet
+    assert max(expected[245:]) == first > 1.3 * learned
+
+
+def test_it_stays_where_the_schedule_had_not_fallen_yet() -> None:
+    def late(step: int) -> float:
+        return decay(max(step - 250, 0))
+
+    rates = [scale * late(step) for step, scale in enumerate(scales_of(1200, lambda step: -1.0, late), 1)]
+    assert rates[245:910] == pytest.approx(665 * [rates[242]], rel=1e-3)
 
 
 def test_plain_descent_survives_a_schedule_that_had_decayed_when_the_scale_was_learned() -> None:
@@ -366,7 +423,7 @@ def test_plain_descent_survives_a_schedule_that_had_decayed_when_the_scale_was_l
         rates.append(updater.get_last_lr()[0])
         updater.step()
         losses.append(float(loss.detach()))
-    assert rates[243] <= rates[242]
+    assert rates[243] < 1.01 * rates[242]
     assert max(losses[230:]) < 0.1 < losses[0]
 
 

@@ -138,6 +138,38 @@ def test_hooks_before_a_load_see_the_whole_state() -> None:
     assert len(calls) == 2  # the hook stays
 
 
+def test_hooks_after_a_save_see_the_whole_state() -> None:
+    """One that saves by name, and its inverse before the load."""
+
+    def named(seed: int) -> tuple[nn.Module, Any]:
+        model = make_net(seed)
+        optimizer = mechanize(torch.optim.AdamW)(model.named_parameters(), lr=1.0)
+        names = optimizer.param_groups[0]["param_names"]
+
+        def renamed(state_dict: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
+            return {**state_dict, "state": {key[i]: entries for i, entries in state_dict["state"].items()}}
+
+        optimizer.register_state_dict_post_hook(lambda _, saved: renamed(saved, dict(enumerate(names))))
+        optimizer.register_load_state_dict_pre_hook(
+            lambda _, saved: renamed(saved, {name: i for i, name in enumerate(names)})
+        )
+        return model, optimizer
+
+    (model, optimizer), (other, resumed) = named(0), named(1)
+    train(model, optimizer, range(20))
+    saved = optimizer.state_dict()
+    assert all({"reference", "delta"} <= entries.keys() for entries in saved["state"].values())
+    assert saved["state"].keys() == set(optimizer.param_groups[0]["param_names"])
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    before = flat(model)
+    train(model, optimizer, range(20, 60))
+    train(other, resumed, range(20, 60))
+    assert relative_difference(flat(model), before) > 1e-3
+    assert torch.equal(flat(other), flat(model))
+    assert optimizer.state_dict()["state"].keys() == saved["state"].keys()  # the hook stays
+
+
 def test_schedulers_see_and_set_the_lr_given() -> None:
     model = make_net()
     optimizer = make(model)

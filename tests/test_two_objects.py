@@ -25,6 +25,7 @@ from problems import (
 )
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from manic import Mechanic, Updater
 from manic.tuner import RESCALED
@@ -331,6 +332,31 @@ def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> 
     assert relative_difference(model.out.weight.detach(), changed) < 0.2
 
 
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("how", ["state dict", "deepcopy"])
+def test_a_run_that_is_saved_just_after_a_change_goes_on_the_same_way(how: str, store_delta: bool) -> None:
+    model = make_net()
+    updater, mechanic = pair(model, store_delta=store_delta)
+    train(model, updater, mechanic, range(60))
+    before = flat(model)
+    with torch.no_grad():
+        model.out.weight.clamp_(-0.05, 0.05)
+    assert relative_difference(flat(model), before) > 1e-2
+    if how == "deepcopy":
+        other, *others = copy.deepcopy((model, updater, mechanic))
+    else:
+        other = make_net(1)
+        others = pair(other, store_delta=store_delta)
+        for old, new in zip((model, updater, mechanic), (other, *others), strict=True):
+            new.load_state_dict(copy.deepcopy(old.state_dict()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Parameters were changed")
+        train(model, updater, mechanic, range(60, 90))
+    train(other, *others, range(60, 90))
+    assert relative_difference(flat(model), before) > 1e-2
+    assert torch.equal(flat(other), flat(model))
+
+
 def test_a_frozen_parameter_that_is_changed_starts_its_displacement_anew() -> None:
     """Without a stored one the change would be taken for displacement."""
     model = make_net()
@@ -394,12 +420,14 @@ def test_parameters_cut_from_one_tensor(store_delta: bool) -> None:
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool) -> None:
+def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool, of_all: bool) -> None:
     model = make_net()
     updater, mechanic = pair(model, store_delta=store_delta)
     seen, arguments = [], []
-    updater.base_optimizer.register_step_post_hook(lambda *given: (seen.append(flat(model)), arguments.append(given)))
+    register = register_optimizer_step_post_hook if of_all else updater.base_optimizer.register_step_post_hook
+    handle = register(lambda *given: (seen.append(flat(model)), arguments.append(given)))
     for step in range(10):
         backward(model, step)
         if step == 5:
@@ -411,6 +439,9 @@ def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool) -
         assert torch.equal(seen[-1], flat(model))
     assert relative_difference(seen[-1], seen[0]) > 1e-3
     assert arguments[0] == (updater.base_optimizer, (updater.base_optimizer,), {})
+    handle.remove()
+    train(model, updater, mechanic, range(10, 11))
+    assert len(seen) == 9
 
 
 def test_a_hook_that_is_registered_in_a_step_stays() -> None:

@@ -113,6 +113,8 @@ class Idea:
         passes: a key of `OF_PASSES`: the power of the fall, in place of ``power``.
         premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
         rises: that may take the rate above that of step T by so many times: its fall counts from there.
+        again: what it has fallen since is made up for to this power, up to the rate at its highest factor.
+        climbs: where it has fallen to counts as higher by this share in every step after T, up to its highest factor.
         gate: the power of c in its exponent.
         signal: what h_t h_{t-1} counts for in (11).
         uphill: and that times this where both are above 0.
@@ -173,6 +175,8 @@ class Idea:
     passes: str = ""
     premium: float = tuner.PREMIUM
     rises: float = 1.0
+    again: float = 2.0
+    climbs: float = 0.0
     gate: float = 1.0
     signal: float = 2.0
     uphill: float = 1.0
@@ -198,8 +202,9 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-PREMIUM = Idea(rises=math.inf)
-CHARGED = Idea(s_decay=0.01, charged="once")
+ONCE = Idea(again=1.0)
+PREMIUM = replace(ONCE, rises=math.inf)
+CHARGED = replace(ONCE, s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
 EPOCHS = replace(TOLD, rises=1.0)
 NINE = replace(EPOCHS, learns_passes=float(tuner.EPOCHS))
@@ -327,8 +332,12 @@ IDEAS = {
     "…, a premium of 2": replace(PREMIUM, premium=2.0, gate=0.0),
     "…, a premium of 3": replace(PREMIUM, premium=3.0, gate=0.0),
     "**…, a premium of 3 where h is signal**": PREMIUM,
-    "**…, from T on: the default**": Idea(),
-    "…, from T on, and half as much again": Idea(rises=1.5),
+    "**…, from T on**": ONCE,
+    "…, from T on, and half as much again": replace(ONCE, rises=1.5),
+    "…, from T on, and up to its peak by 1/81 a step": replace(ONCE, climbs=1 / 81),
+    "…, from T on, and up to its peak, one and a half times": replace(ONCE, again=1.5),
+    "**…, from T on, and up to its peak, twice: the default**": Idea(),
+    "…, from T on, and up to its peak, three times": replace(ONCE, again=3.0),
     "…, from T on, λ = 0.005 until then": replace(CHARGED, s_decay=0.005),
     "…, from T on, λ = 0.01 until then": CHARGED,
     "…, from T on, λ = 0.02 until then": replace(CHARGED, s_decay=0.02),
@@ -336,7 +345,7 @@ IDEAS = {
     "…, from T on, λ = 0.01 until then, losses count 0.8": replace(CHARGED, losses=0.8),
     "…, from T on, λ = 0.01 until then, losses count 0.7": replace(CHARGED, losses=0.7),
     "…, from T on, λ = 0.01 until then, losses count 0.7, forgetting half": replace(CHARGED, losses=0.7, kept=0.5),
-    "…, from T on, forgetting half each time until then": Idea(kept=0.5),
+    "…, from T on, forgetting half each time until then": replace(ONCE, kept=0.5),
     "…, a premium of 1.5 where h is signal": replace(PREMIUM, premium=1.5),
     "…, a premium of 2 where h is signal": replace(PREMIUM, premium=2.0),
     "…, a premium of 4 where h is signal": replace(PREMIUM, premium=4.0),
@@ -354,7 +363,17 @@ IDEAS = {
     "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
     "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
     "…, T after nine, λ = 0.01 from the ninth on": replace(NINE, s_decay=0.01, charged="to one in nine"),
-    "**…, T after nine, what repeats uphill counts two thirds: the rule now**": TOLD_NOW,
+    "**…, T after nine, what repeats uphill counts two thirds**": TOLD_NOW,
+    "…, T after nine, what repeats uphill counts two thirds, up to its peak by 1/81 a step": replace(
+        TOLD_NOW, climbs=1 / 81
+    ),
+    "…, T after nine, what repeats uphill counts two thirds, up to its peak, one and a half times": replace(
+        TOLD_NOW, again=1.5
+    ),
+    "**…, T after nine, what repeats uphill counts two thirds, up to its peak, twice: the rule now**": replace(
+        TOLD_NOW, again=2.0
+    ),
+    "…, T after nine, what repeats uphill counts two thirds, up to its peak, three times": replace(TOLD_NOW, again=3.0),
     "…, T after nine, what repeats uphill counts for nothing": replace(NINE, uphill=0.0),
     "…, T after nine, forgetting half each time until then, β = 1": replace(TOLD_NOW, kept=0.5, betas=(1.0,)),
     "…, T after nine, forgetting half each time until then, β = 1, and half as much again": replace(
@@ -364,13 +383,13 @@ IDEAS = {
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
     "…, Δ anew every two passes": replace(EPOCHS, anew=2.0),
-    "for 81 steps": Idea(learns=81),
-    "what repeats uphill counts two thirds": Idea(uphill=tuner.UPHILL),
-    "a noisy step counts a third": Idea(seen="a third"),
-    "noise counts for nothing": Idea(seen="never"),
-    "what the schedule decays is a part of the fall": Idea(shared=True),
-    "forgetting half each time until T, β = 1": Idea(kept=0.5, betas=(1.0,)),
-    "h of the validation rows until T": Idea(clairvoyant=True),
+    "for 81 steps": replace(ONCE, learns=81),
+    "what repeats uphill counts two thirds": replace(ONCE, uphill=tuner.UPHILL),
+    "a noisy step counts a third": replace(ONCE, seen="a third"),
+    "noise counts for nothing": replace(ONCE, seen="never"),
+    "what the schedule decays is a part of the fall": replace(ONCE, shared=True),
+    "forgetting half each time until T, β = 1": replace(ONCE, kept=0.5, betas=(1.0,)),
+    "h of the validation rows until T": replace(ONCE, clairvoyant=True),
     "h of the validation rows until T, with the epoch given": replace(EPOCHS, clairvoyant=True),
     "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.7": replace(
         CHARGED, losses=0.7, seen="before"
@@ -480,7 +499,7 @@ class Tuner:
         self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count <= idea.learns:
             self.top = self.highest if math.isinf(idea.rises) else min(self.highest, idea.rises * part)
-        self.top = max(self.top, part)
+        self.top = max(min(self.top * (1 + idea.climbs), self.highest), part)
         e = self.count / self.steps_per_epoch
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
@@ -509,8 +528,9 @@ class Tuner:
         """π of (12)."""
         idea = self.idea
         signal = (idea.counts / (idea.counts + self.late)) ** idea.gate
-        rise = self.top / part if part > 0 else math.inf if self.top > 0 else 1.0
-        return min(rise, idea.premium) ** signal
+        if part == 0:
+            return torch.as_tensor(idea.premium if self.top > 0 else 1.0) ** signal
+        return min((self.top / part) ** idea.again, self.highest / part, idea.premium) ** signal
 
     def fall(self, h: Tensor, before: Tensor, part: float, held: float) -> Tensor:
         """What of the scale is left after T, from h, the one before, the schedule's factor, and what is done to it."""

@@ -56,6 +56,7 @@ class Slot:
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
         self.settle()
+        self.give_up()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
@@ -98,6 +99,11 @@ class Slot:
             self.reference.copy_(x)
         self.stamp()
         return lost
+
+    def give_up(self) -> None:
+        """Start a Δ that is not stored again if others have changed the parameter, as `keep_change` is going to."""
+        if self.delta is None and self._version is not None and self.is_changed():
+            self.reference.copy_(self.x())
 
     def follow(self, scale: Tensor) -> None:
         """While the parameter is away: have x_ref fit it at the scale in force, as it has to in a state dict."""
@@ -601,6 +607,7 @@ class Displacement:
         """
         for slot in self.slots.values():
             slot.settle()
+            slot.give_up()
             if slot.away:
                 slot.follow(self.rescaled * scale)
         return {

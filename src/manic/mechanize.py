@@ -181,7 +181,8 @@ class _Mechanized(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """In torch's own layout: x_ref and Δ under ``state[p]``, the tuner's numbers in every parameter group."""
-        packed = super().state_dict()
+        with held_hooks(self, "_optimizer_state_dict_post_hooks"):
+            packed = super().state_dict()
         _, base_state = _divide(packed["state"])
         state_dict = copied({**packed, "state": base_state})
         for i, tensors in self.updater.displacement.state(self.updater._parameters(), self.updater._scale).items():
@@ -192,6 +193,9 @@ class _Mechanized(Optimizer):
         mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self), "kind": self._base.__name__}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
+        for hook in self._optimizer_state_dict_post_hooks.values():  # which see x_ref and Δ as well
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
 and, under the rule ``manic`` only::
 
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
-    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / f_1‖           (8)  in `begin`; s_2 = κ s_init
+    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 3, 9, … and T      (9)  in `restarts`; then every 9 steps
 
@@ -22,7 +22,7 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
                          - 2 ω_t min(k_t k_{t-1}/a_t, 3²))) (11)
-    π_t = min(G_t/f_t, 3) to the power of c_t               (12)
+    π_t = min((G_t/f_t)², F_t/f_t, 3) to the power of c_t   (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
 ======  ===============  =========  =============================================================
@@ -90,7 +90,7 @@ What each rule does that the paper as printed does not:
     whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
     steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
-    by as much as F rises (13).
+    by as much as F rises (13). So do s, r and s_init before T where F rises above 1, which is no warmup.
   - The more often rows come again, the more h says how well the net knows them by heart, to which longer steps always
     add. So the bets end after nine epochs of E steps, if E is given: six are too few for nets that go on learning from
     clean rows, and with many more the rate of those that overfit gets too high.
@@ -101,9 +101,10 @@ What each rule does that the paper as printed does not:
     bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
-    gradients are signal, the rate stays as it was learned until the schedule has fallen to a third of what it was at
-    T (12); where they are noise that counts in z, and longer steps would not be made up for, the schedule counts in
-    full. A rate above the one of step T would be one that nothing has been learned of: plain SGD does not survive it.
+    gradients are signal, twice of what the schedule falls from T on is made up for: the rate rises by as much as the
+    schedule falls, to that of the schedule's peak, and falls once it is 3 times what the schedule has (12); where they
+    are noise that counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that
+    leaps to where nothing has been learned of it is one that plain SGD does not survive.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -129,7 +130,7 @@ LEARNS = 3**5  # T, at most
 EPOCHS = 9  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
-PREMIUM = 3  # the rate stays until the schedule has fallen to a third of what it was at T, where h is signal
+PREMIUM = 3  # times what the schedule has, where h is signal: the most that a rate is
 UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place of half
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
@@ -281,7 +282,7 @@ def begin(
         state: before, or when s_init is not known just after, `update`.
         grad_square: ‖g_t‖², of shape (...). Where it is 0, u_t is weight decay alone, and its size says nothing of s.
         param_norm: ‖x_t‖, of the same shape.
-        update_norm: ‖u_t / f_t‖, of the same shape.
+        update_norm: ‖u_t / min(f_t, 1)‖, of the same shape.
         count: N, the number of elements of x.
         config: gives the cap.
 
@@ -402,7 +403,10 @@ def update(
 def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
     """(2) to (6), F and G."""
     s, r, m, v, start, *_ = state
-    bet = h
+    peak, bet = torch.maximum(state.peak, f), h
+    if config.rule == "manic":
+        held = state.peak.clamp(min=1) / peak.clamp(min=1)
+        s, r, start = held * s, held * r, held * start
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
         bet = torch.clamp(h, -bound, bound)
@@ -422,9 +426,9 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    peak = torch.maximum(state.peak, f)
-    top = f.expand_as(peak)
-    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, peak=peak, top=top)
+    return state._replace(
+        scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
+    )
 
 
 def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: TunerConfig) -> TunerState:
@@ -441,7 +445,8 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     noise = weight * (k**2 / usual - signal)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     before, now = USUAL + state.noise, USUAL + z
-    premium = torch.where(top > 0, top / f, 1).clamp(max=PREMIUM) ** (USUAL / now)  # (12)
+    rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
+    premium = torch.where(top > 0, rise, 1) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
     s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
     if config.max_scale is not None:

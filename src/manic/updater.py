@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.optim.optimizer as every_optimizer
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
@@ -301,6 +302,7 @@ class Updater:
                 self._internal_rates(),
                 self._found_inf(on_device),
                 held_hooks(self.base_optimizer, "_optimizer_step_post_hooks"),  # they would see an unscaled step
+                held_hooks(every_optimizer, "_global_optimizer_post_hooks"),
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -321,7 +323,8 @@ class Updater:
                 return self._skip()
             raise
         self._pending, self._begin, self._skipped = False, None, 0
-        for hook in list(getattr(self.base_optimizer, "_optimizer_step_post_hooks", {}).values()):
+        own = getattr(self.base_optimizer, "_optimizer_step_post_hooks", None)  # a drop-in calls all
+        for hook in [] if own is None else [*own.values(), *every_optimizer._global_optimizer_post_hooks.values()]:
             hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
@@ -576,10 +579,10 @@ class Updater:
         return rates.factor(self.param_groups, self._nominal_rates, self._scale)
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor, and the number of elements; 0-d."""
+        """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor or 1, and the number of elements; 0-d."""
         factor = self._factor
         param_square, update_square, count = self.displacement.first_sizes(self._scale)
-        return param_square.sqrt(), update_square.sqrt() / torch.where(factor > 0, factor, 1), count
+        return param_square.sqrt(), update_square.sqrt() / torch.where(factor > 0, factor.clamp(max=1), 1), count
 
     def _check_open(self) -> None:
         if self._handed_off:

@@ -168,7 +168,7 @@ def _begun(
     leaves = tree_leaves(tree_map(squares, before, after))
     param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
     count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=wide, device=state.start.device)
-    return tuner.begin(state, grad_square, param_norm, update_norm / factor, count, config)
+    return tuner.begin(state, grad_square, param_norm, update_norm / factor.clamp(max=1), count, config)
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:

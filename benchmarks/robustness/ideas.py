@@ -112,6 +112,9 @@ class Idea:
         seen: a key of `OF_PASSES`: what a step counts for in (11).
         passes: a key of `OF_PASSES`: the power of the fall, in place of ``power``.
         premium: after T, the scale rises by as much as the schedule's factor has fallen, up to this factor: π of (12).
+        averaged: after T the scale is that of the mean rate in this share of the steps up to there; 0: of the last.
+        mean_of: ``"rates"`` or ``"scales"``.
+        arithmetic: that mean is not the geometric one.
         rises: that may take the rate above that of step T by so many times: its fall counts from there.
         again: what it has fallen since is made up for to this power, up to the rate at its highest factor.
         climbs: where it has fallen to counts as higher by this share in every step after T, up to its highest factor.
@@ -174,6 +177,9 @@ class Idea:
     seen: str = "once"
     passes: str = ""
     premium: float = tuner.PREMIUM
+    averaged: float = 1 / 3
+    mean_of: str = "rates"
+    arithmetic: bool = False
     rises: float = 1.0
     again: float = 2.0
     climbs: float = 0.0
@@ -190,7 +196,8 @@ class Idea:
     shared: bool = False
 
 
-NOISE = Idea(premium=1.0)
+LAST = Idea(averaged=0.0)
+NOISE = replace(LAST, premium=1.0)
 TRIPLING = replace(NOISE, learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
@@ -202,13 +209,16 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-ONCE = Idea(again=1.0)
+ONCE = replace(LAST, again=1.0)
 PREMIUM = replace(ONCE, rises=math.inf)
 CHARGED = replace(ONCE, s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
 EPOCHS = replace(TOLD, rises=1.0)
-NINE = replace(EPOCHS, learns_passes=float(tuner.EPOCHS))
-TOLD_NOW = replace(NINE, uphill=tuner.UPHILL)
+NINE = replace(EPOCHS, learns_passes=9.0)
+UPHILL = replace(NINE, uphill=tuner.UPHILL)
+TOLD_TWICE = replace(UPHILL, again=2.0)
+TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
+TOLD_NOW = replace(TOLD_MEAN, learns_passes=float(tuner.EPOCHS))
 IDEAS = {
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
@@ -336,8 +346,15 @@ IDEAS = {
     "…, from T on, and half as much again": replace(ONCE, rises=1.5),
     "…, from T on, and up to its peak by 1/81 a step": replace(ONCE, climbs=1 / 81),
     "…, from T on, and up to its peak, one and a half times": replace(ONCE, again=1.5),
-    "**…, from T on, and up to its peak, twice: the default**": Idea(),
+    "**…, from T on, and up to its peak, twice**": replace(ONCE, again=2.0),
     "…, from T on, and up to its peak, three times": replace(ONCE, again=3.0),
+    "**up to the peak twice, the mean of the last third: the default**": Idea(),
+    "up to the peak twice, the mean of the last half": Idea(averaged=1 / 2),
+    "up to the peak twice, the mean of the last two thirds": Idea(averaged=2 / 3),
+    "up to the peak twice, the arithmetic mean": Idea(arithmetic=True),
+    "up to the peak twice, the arithmetic mean of the last two thirds": Idea(arithmetic=True, averaged=2 / 3),
+    "up to the peak twice, the mean of the scales of the last two thirds": Idea(mean_of="scales", averaged=2 / 3),
+    "up to the peak once, the mean of the last third": Idea(again=1.0),
     "…, from T on, λ = 0.005 until then": replace(CHARGED, s_decay=0.005),
     "…, from T on, λ = 0.01 until then": CHARGED,
     "…, from T on, λ = 0.02 until then": replace(CHARGED, s_decay=0.02),
@@ -363,22 +380,28 @@ IDEAS = {
     "…, T after nine, then Δ anew every 27": replace(NINE, short=27),
     "…, T after nine, λ = 0.005": replace(NINE, s_decay=0.005, charged="once"),
     "…, T after nine, λ = 0.01 from the ninth on": replace(NINE, s_decay=0.01, charged="to one in nine"),
-    "**…, T after nine, what repeats uphill counts two thirds**": TOLD_NOW,
+    "**…, T after nine, what repeats uphill counts two thirds**": UPHILL,
     "…, T after nine, what repeats uphill counts two thirds, up to its peak by 1/81 a step": replace(
-        TOLD_NOW, climbs=1 / 81
+        UPHILL, climbs=1 / 81
     ),
     "…, T after nine, what repeats uphill counts two thirds, up to its peak, one and a half times": replace(
-        TOLD_NOW, again=1.5
+        UPHILL, again=1.5
     ),
-    "**…, T after nine, what repeats uphill counts two thirds, up to its peak, twice: the rule now**": replace(
-        TOLD_NOW, again=2.0
-    ),
-    "…, T after nine, what repeats uphill counts two thirds, up to its peak, three times": replace(TOLD_NOW, again=3.0),
+    "…, T after nine, what repeats uphill counts two thirds, up to its peak, twice": TOLD_TWICE,
+    "…, T after nine, what repeats uphill counts two thirds, up to its peak, three times": replace(UPHILL, again=3.0),
     "…, T after nine, what repeats uphill counts for nothing": replace(NINE, uphill=0.0),
-    "…, T after nine, forgetting half each time until then, β = 1": replace(TOLD_NOW, kept=0.5, betas=(1.0,)),
+    "…, T after nine, forgetting half each time until then, β = 1": replace(UPHILL, kept=0.5, betas=(1.0,)),
     "…, T after nine, forgetting half each time until then, β = 1, and half as much again": replace(
-        TOLD_NOW, kept=0.5, betas=(1.0,), rises=1.5
+        UPHILL, kept=0.5, betas=(1.0,), rises=1.5
     ),
+    "with the epoch given, T after nine, up to the peak twice, the mean of the last third": TOLD_MEAN,
+    "with the epoch given, T after nine, up to the peak twice, the mean of the last two thirds": replace(
+        TOLD_MEAN, averaged=2 / 3
+    ),
+    "with the epoch given, T after nine, up to the peak twice, the arithmetic mean": replace(
+        TOLD_MEAN, arithmetic=True
+    ),
+    "**with the epoch given, T after twelve, up to the peak twice, the mean of the last third**": TOLD_NOW,
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
@@ -456,6 +479,7 @@ class Tuner:
         self.highest = self.peak = self.top = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
         self.turn = idea.first
+        self.rates: list[Tensor] = []
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """<a, b> within every group, (seeds, groups)."""
@@ -502,6 +526,11 @@ class Tuner:
         self.top = max(min(self.top * (1 + idea.climbs), self.highest), part)
         e = self.count / self.steps_per_epoch
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
+            if self.rates:
+                mean = (
+                    torch.stack(self.rates).mean(0) if idea.arithmetic else torch.stack(self.rates).log().mean(0).exp()
+                )
+                self.s, self.rates = self.s * (mean / self.rates[-1]).unsqueeze(-1), []
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
             fall = held * self.fall(h, before, part, held)
             self.scale = (self.premium(part) * fall * self.s).sum(-1)
@@ -522,6 +551,9 @@ class Tuner:
         self.s = self.s * (limit / scale).clamp(max=1).unsqueeze(-1)
         self.scale = torch.minimum(scale, limit)
         self.largest = torch.maximum(self.largest, self.scale)
+        if idea.averaged and self.count >= idea.learns - idea.averaged * idea.learns // 1:
+            rate = self.scale * (part if idea.mean_of == "rates" else 1.0)
+            self.rates = [*self.rates, rate] if part > 0 else []
         return self.scale
 
     def premium(self, part: float) -> Tensor:

@@ -39,8 +39,8 @@ class Mechanic:
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            The scale is then learned for nine epochs, if these are fewer than 243 steps. After that noise lowers it the
-            more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
+            The scale is then learned for twelve epochs, if these are fewer than 243 steps. After that noise lowers it
+            the more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
             comes twice, as where inputs are augmented at random. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
@@ -135,7 +135,7 @@ class Mechanic:
 
     @property
     def learning_steps(self) -> int:
-        """The steps that the scale is learned for: 243, or nine epochs if these are known and less, but 81 at least.
+        """The steps that the scale is learned for: 243, or twelve epochs if these are known and less, but 81 at least.
 
         ``sys.maxsize`` with a published rule, which learns for as long as a run takes.
         """
@@ -202,7 +202,8 @@ class Mechanic:
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, None
-        if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
+        if config.rule == "manic" and (learning is not False or config.steps_per_epoch is not None):
+            # As a tensor: compiled code would hold a number.
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
         if not tune:
@@ -364,7 +365,7 @@ def _tune(
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
+    after = tuner.update(state, h, betas, config, learning, factor, count)
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

@@ -73,7 +73,7 @@ What each rule does that the paper as printed does not:
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
 - ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
   there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. Six more changes are each for a measured fault of the published rule (``docs/tried.md``):
+  rate or the loss is in. The other changes are each for a measured fault of the published rule (``docs/tried.md``):
 
   - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
@@ -110,10 +110,10 @@ What each rule does that the paper as printed does not:
     bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
   - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
     are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
-    gradients are signal, twice of what the schedule falls from T on is made up for: the rate rises by as much as the
-    schedule falls, to that of the schedule's peak, and falls once it is 3 times what the schedule has (12); where they
-    are noise that counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that
-    leaps to where nothing has been learned of it is one that plain SGD does not survive.
+    gradients are signal, what the schedule falls by from T on is made up for twice: the rate rises by as much, to that
+    of the schedule's peak at most, and falls once it is 3 times what the schedule has (12); where they are noise that
+    counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that leaps to where
+    nothing has been learned of it is one that plain SGD does not survive.
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 

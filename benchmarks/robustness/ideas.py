@@ -353,6 +353,7 @@ IDEAS = {
     "up to the peak twice, the mean of the last two thirds": Idea(averaged=2 / 3),
     "up to the peak twice, the arithmetic mean": Idea(arithmetic=True),
     "up to the peak twice, the arithmetic mean of the last two thirds": Idea(arithmetic=True, averaged=2 / 3),
+    "up to the peak twice, the mean of the scales of the last third": Idea(mean_of="scales"),
     "up to the peak twice, the mean of the scales of the last two thirds": Idea(mean_of="scales", averaged=2 / 3),
     "up to the peak once, the mean of the last third": Idea(again=1.0),
     "…, from T on, λ = 0.005 until then": replace(CHARGED, s_decay=0.005),
@@ -402,6 +403,10 @@ IDEAS = {
         TOLD_MEAN, arithmetic=True
     ),
     "**with the epoch given, T after twelve, up to the peak twice, the mean of the last third**": TOLD_NOW,
+    "with the epoch given, T after twelve, up to the peak twice": replace(TOLD_NOW, averaged=0.0),
+    "with the epoch given, T after twelve, up to the peak twice, the mean of the scales of the last third": replace(
+        TOLD_NOW, mean_of="scales"
+    ),
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),

@@ -532,10 +532,9 @@ class Tuner:
         e = self.count / self.steps_per_epoch
         if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
             if self.rates:
-                mean = (
-                    torch.stack(self.rates).mean(0) if idea.arithmetic else torch.stack(self.rates).log().mean(0).exp()
-                )
-                self.s, self.rates = self.s * (mean / self.rates[-1]).unsqueeze(-1), []
+                rates, self.rates = torch.stack(self.rates), []
+                mean = rates.mean(0) if idea.arithmetic else rates.log().mean(0).exp()
+                self.s = self.s * (mean / rates[-1]).unsqueeze(-1)
             held = self.peak / self.highest if idea.then == "noise" and idea.holds else 1.0
             fall = held * self.fall(h, before, part, held)
             self.scale = (self.premium(part) * fall * self.s).sum(-1)

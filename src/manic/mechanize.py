@@ -193,10 +193,7 @@ class _Mechanized(Optimizer):
         mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self), "kind": self._base.__name__}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
-        for hook in self._optimizer_state_dict_post_hooks.values():  # which see x_ref and Δ as well
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        return state_dict
+        return self._hooked(self._optimizer_state_dict_post_hooks, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, the tuner's options included; nothing is changed if it does not fit.
@@ -205,10 +202,7 @@ class _Mechanized(Optimizer):
             ValueError: the state is of another model or kind, or of an optimizer that is not mechanized.
         """
         if isinstance(state_dict, dict):
-            state_dict = state_dict.copy()
-            for hook in self._optimizer_load_state_dict_pre_hooks.values():  # which see x_ref and Δ as well
-                result = hook(self, state_dict)
-                state_dict = state_dict if result is None else result
+            state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict.copy())
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         if not groups:
             raise ValueError(
@@ -249,6 +243,13 @@ class _Mechanized(Optimizer):
         )
         self._mirrored = 0
         self._mark_groups()
+
+    def _hooked(self, hooks: dict[int, Callable[..., Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What hooks make of a state dict; torch's own calls of them would not show them x_ref and Δ."""
+        for hook in hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return state_dict
 
     def _mark_groups(self) -> None:
         for group in self.param_groups:

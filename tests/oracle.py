@@ -40,7 +40,6 @@ class Oracle:
         self.peak = self.top = self.noise = self.last = 0.0
         self.premium = 1.0
         self.late: list[tuple[float, float]] = []
-        self.rates: list[float] = []
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
@@ -51,10 +50,6 @@ class Oracle:
             size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
             self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / min(factor, 1.0))
             self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
-        if g is not None and self.steps < self.learns:  # before this step
-            late, rate = self.steps >= self.learns - self.learns // 3, factor * sum(self.s)
-            goes_on = late and rate > 0 and self.rates[-1:] > [0]
-            self.rates = [*(self.rates if goes_on else []), rate]
         before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
         if self.rule != "manic":
@@ -64,11 +59,6 @@ class Oracle:
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
-
-    def _mean_over_last(self) -> float:
-        """Of the rates of the last bets, once."""
-        rates, self.rates = self.rates, []
-        return math.exp(math.fsum(map(math.log, rates)) / len(rates)) / rates[-1] if len(rates) > 1 else 1.0
 
     def _tune(self, x: list[float], g: list[float], factor: float) -> None:
         norm_g, norm_x = math.sqrt(dot(g, g)), math.sqrt(dot(x, x))
@@ -94,7 +84,7 @@ class Oracle:
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
-            fall *= self._mean_over_last() / self.premium
+            fall /= self.premium
             rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0 if self.top else 1.0
             self.premium = rise ** (81 / (81 + self.noise))
             self.s = [s * fall * self.premium for s in self.s]

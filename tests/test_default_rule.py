@@ -249,14 +249,10 @@ def scales_of(
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
         h, learning = torch.tensor(product(step)), tuner.is_learning(step, config)
-        state = tuner.update(state, h, betas, config, learning, factor(step), step)
+        seen = tuner.seen(torch.tensor(step, dtype=torch.float64), config)
+        state = tuner.update(state, h, betas, config, learning, factor(step), seen)
         found.append(float(state.scales.sum()))
     return found
-
-
-def learned(rates: list[float], learns: int = 243) -> float:
-    """The mean of the last third of those that were tried."""
-    return statistics.geometric_mean(rates[learns - learns // 3 - 1 : learns])
 
 
 @pytest.mark.parametrize(
@@ -268,26 +264,24 @@ def test_the_scale_rises_for_243_steps_or_twelve_epochs_and_no_further(
     """However far downhill Δ points."""
     scales = scales_of(400, lambda step: -1.0, **known)
     assert scales[learns - 1] > late * scales[learns // 2] > early * scales[20]
-    assert scales[learns:] == pytest.approx((400 - learns) * [learned(scales, learns)], rel=0.01)
-    assert learned(scales, learns) < 0.8 * scales[learns - 1]
+    assert scales[learns:] == pytest.approx((400 - learns) * [scales[learns - 1]], rel=0.01)
 
 
 def test_after_that_it_falls_as_one_over_the_root_of_the_noisy_steps() -> None:
     noise = torch.randn(16_243, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(len(noise), lambda step: noise[step - 1])
-    assert scales[4242] / learned(scales) == pytest.approx(math.sqrt(81 / 4081), rel=0.2)
+    assert scales[4242] / scales[242] == pytest.approx(math.sqrt(81 / 4081), rel=0.2)
     assert scales[-1] / scales[4242] == pytest.approx(0.5, rel=0.1)
 
 
 def test_noise_counts_as_often_as_its_rows_were_seen_before() -> None:
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).tolist()
     once, told = (scales_of(5000, lambda step: noise[step - 1], **known) for known in ({}, {"steps_per_epoch": 1000}))
-    assert once[999] < learned(once) / 2
-    assert told[243:1000] == pytest.approx([learned(once)] * 757)
-    assert set(told[243:1000]) == {told[243]}
+    assert once[999] < once[242] / 2
+    assert told[242:1000] == [once[242]] * 758
     for step in (2000, 5000):
         counted = sum(t / 1000 - 1 for t in range(1001, step + 1))
-        assert told[step - 1] / told[243] == pytest.approx(math.sqrt(81 / (81 + counted)), rel=0.2)
+        assert told[step - 1] / told[242] == pytest.approx(math.sqrt(81 / (81 + counted)), rel=0.2)
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 10])
@@ -300,7 +294,7 @@ def test_the_first_step_of_a_new_displacement_is_no_noise_however_often_rows_wer
 def test_rows_that_never_come_again_are_no_noise() -> None:
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(1000, lambda step: noise[step - 1], steps_per_epoch=math.inf)
-    assert scales[243:] == [scales[243]] * 757
+    assert scales[242:] == [scales[242]] * 758
 
 
 @pytest.mark.parametrize(("signal", "falls"), [(0.7, True), (1.4, False)])
@@ -308,8 +302,8 @@ def test_it_stays_where_noise_is_the_smaller_half(signal: float, falls: bool) ->
     noise = torch.randn(3000, generator=torch.Generator().manual_seed(0)).tolist()
     for sign in (1, -1):
         scales = scales_of(3000, lambda step, sign=sign: sign * signal + noise[step - 1])
-        assert (scales[-1] < learned(scales) / 3) == falls
-        assert (scales[-1] > learned(scales) / 1.3) != falls
+        assert (scales[-1] < scales[242] / 3) == falls
+        assert (scales[-1] > scales[242] / 1.3) != falls
 
 
 @pytest.mark.parametrize(("signal", "falls"), [(1.4, True), (-1.4, False), (2.5, False)])
@@ -317,15 +311,15 @@ def test_what_repeats_uphill_counts_less_if_rows_come_again(signal: float, falls
     """Of 1.4² + 1 it is less than three quarters; of rows of which it is not known, more than half is enough."""
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(5000, lambda step: signal + noise[step - 1], steps_per_epoch=1000)
-    assert (scales[-1] < learned(scales) / 2) == falls
-    assert (scales[-1] > learned(scales) / 1.3) != falls
+    assert (scales[-1] < scales[242] / 2) == falls
+    assert (scales[-1] > scales[242] / 1.3) != falls
 
 
 def test_it_comes_back_when_the_noise_is_over() -> None:
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
     scales = scales_of(3000, lambda step: noise[step - 1] if step <= 1000 else 1.0)
-    assert scales[999] < learned(scales) / 2
-    assert scales[-1] == pytest.approx(learned(scales))
+    assert scales[999] < scales[242] / 2
+    assert scales[-1] == pytest.approx(scales[242])
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +342,7 @@ def test_it_falls_no_further_if_gradients_become_larger_or_smaller(
 def test_one_outlier_counts_as_81_steps_of_noise(steady_noise: tuple[list[float], list[float]]) -> None:
     noise, steady = steady_noise
     hit = scales_of(len(noise), lambda step: noise[step - 1] * (1000 if step == 1000 else 1))
-    counted = 81 * (learned(hit) / hit[998]) ** 2
+    counted = 81 * (hit[242] / hit[998]) ** 2
     assert hit[999] / hit[998] == pytest.approx(math.sqrt(counted / (counted + 81)), rel=0.01)
     assert hit[-1] == pytest.approx(steady[-1], rel=0.1)
 
@@ -395,12 +389,11 @@ def decay(step: int) -> float:
 def test_where_h_is_signal_the_rate_rises_as_the_schedule_falls() -> None:
     """From where the scale was learned, to that of the schedule's peak, and to three times what the schedule has."""
     scales = scales_of(1200, lambda step: -1.0, decay)
-    rates = [scale * decay(step) for step, scale in enumerate(scales, 1)]
-    first, last = decay(1), decay(243)
-    bounds = [min(last**2 / decay(step), first, 3 * decay(step)) for step in range(1, 1201)]
-    expected = [learned(rates) * bound / last for bound in bounds]
+    rates = [scale * decay(step) / scales[242] for step, scale in enumerate(scales, 1)]
+    first, learned = decay(1), decay(243)
+    expected = [min(learned**2 / decay(step), first, 3 * decay(step)) for step in range(1, 1201)]
     assert rates[245:] == pytest.approx(expected[245:], rel=1e-3)  # the first two of a new Δ are no signal yet
-    assert max(bounds[245:]) == first > 1.3 * last
+    assert max(expected[245:]) == first > 1.3 * learned
 
 
 def test_it_stays_where_the_schedule_had_not_fallen_yet() -> None:
@@ -408,7 +401,7 @@ def test_it_stays_where_the_schedule_had_not_fallen_yet() -> None:
         return decay(max(step - 250, 0))
 
     rates = [scale * late(step) for step, scale in enumerate(scales_of(1200, lambda step: -1.0, late), 1)]
-    assert rates[245:910] == pytest.approx(665 * [learned(rates)], rel=1e-3)
+    assert rates[245:910] == pytest.approx(665 * [rates[242]], rel=1e-3)
 
 
 def test_plain_descent_survives_a_schedule_that_had_decayed_when_the_scale_was_learned() -> None:
@@ -451,8 +444,8 @@ def test_where_it_is_noise_the_schedule_counts_in_full() -> None:
 
 def test_a_schedule_that_rises_again_takes_back_what_made_up_for_its_fall() -> None:
     scales = scales_of(500, lambda step: -1.0, lambda step: 0.0 if 300 < step <= 400 else 1.0)
-    assert scales[300:400] == pytest.approx(100 * [3 * learned(scales)])
-    assert scales[400:] == pytest.approx(100 * [learned(scales)])
+    assert scales[300:400] == pytest.approx(100 * [3 * scales[242]])
+    assert scales[400:] == pytest.approx(100 * [scales[242]])
 
 
 def test_nor_does_it_lift_the_scale_above_the_largest_allowed() -> None:
@@ -461,13 +454,10 @@ def test_nor_does_it_lift_the_scale_above_the_largest_allowed() -> None:
     def dip(step: int) -> float:
         return 0.25 if 300 < step <= 400 else 1.0
 
-    def product(step: int) -> float:
-        return 0.0 if 100 < step <= 243 else -1.0
-
-    free = scales_of(500, product, dip)
-    capped = scales_of(500, product, dip, max_scale=2 * learned(free))
-    assert free[399] == pytest.approx(3 * learned(free))
-    assert capped[300:400] == pytest.approx(100 * [2 * learned(free)])
+    free = scales_of(500, lambda step: -1.0, dip)
+    capped = scales_of(500, lambda step: -1.0, dip, max_scale=2 * free[242])
+    assert free[399] == pytest.approx(3 * free[242])
+    assert capped[300:400] == pytest.approx(100 * [2 * free[242]])
     assert capped[400:] == pytest.approx(free[400:])
 
 
@@ -486,13 +476,9 @@ def trained(updater: Updater, predict: Callable[[torch.Tensor], torch.Tensor], s
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
 def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tensor) -> None:
     """At the tuner's last bets the schedule is near its bottom; the mean of its square is 3/8."""
-
-    def cosine(step: int) -> float:
-        return (1 + math.cos(math.pi * (step % 330) / 330)) / 2
-
-    for make_schedule, factor, share in (
-        (lambda base: CosineAnnealingWarmRestarts(base, 330), cosine, 3 / 8),
-        (lambda base: LambdaLR(base, lambda step: 1.0), lambda step: 1.0, 1.0),
+    for make_schedule, share in (
+        (lambda base: CosineAnnealingWarmRestarts(base, 330), 3 / 8),
+        (lambda base: LambdaLR(base, lambda step: 1.0), 1.0),
     ):
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 1)
@@ -500,8 +486,7 @@ def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tens
         scales = list(trained(Updater(base, make_schedule(base)), model, 990))
         c = 81 / (81 + share * 747)
         premium = 1.0 if share == 1 else 3.0  # the last step is at the bottom
-        found = learned([scale * factor(step) for step, scale in enumerate(scales)]) / factor(242)
-        assert scales[-1] / found == pytest.approx(math.sqrt(c) * premium**c, rel=0.2)
+        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(c) * premium**c, rel=0.2)
 
 
 def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:

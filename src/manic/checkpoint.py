@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from manic.displacement import wide
 
-STATE_VERSION = 12
+STATE_VERSION = 13
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:

@@ -202,8 +202,7 @@ class Mechanic:
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, None
-        if config.rule == "manic" and (learning is not False or config.steps_per_epoch is not None):
-            # As a tensor: compiled code would hold a number.
+        if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
         if not tune:
@@ -365,7 +364,7 @@ def _tune(
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning, factor, count)
+    after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

@@ -25,10 +25,6 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     π_t = min((G_t/f_t)², F_t/f_t, 3) to the power of c_t   (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
-but for t = T + 1, where s_t in (13) is times μ_T, from the rates f s of the last third of the steps up to there::
-
-    μ_t = (μ_{t-1} f_{t-1} s_t / (f_t s_{t+1})) to the power of 1 - 1/j_t   (14)
-
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
 ======  ===============  =========  =============================================================
@@ -42,8 +38,6 @@ F       ``peak``         (..., n)   the highest f so far
 G       ``top``          (..., n)   the highest f from step T on
 z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts e (f/F)²
 π       ``premium``      (..., n)   how much of the schedule's decay s makes up for
-μ       ``mean``         (..., n)   geometric mean of the rates since 2T/3 over that of the last step; 1 after T
-j       ``tried``        (..., n)   how many rates that mean is of
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
 β       ``betas``        (n,)       decay rates, each in [0, 1)
 λ       ``s_decay``      number     weight of the decay term inside h
@@ -97,9 +91,6 @@ What each rule does that the paper as printed does not:
     steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
     most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
     by as much as F rises (13). So do s, r and s_init before T where F rises above 1, which is no warmup.
-  - What the bets leave is not the rate of the last one, which noise may have taken a factor of two too high or low, but
-    the mean of the last third of them (14); it is also the mean of bets that bounds on their regret speak of
-    (Cesa-Bianchi, Conconi and Gentile 2004). It is the geometric one, which is no higher than the other.
   - The more often rows come again, the more h says how well the net knows them by heart, to which longer steps always
     add. So the bets end after twelve epochs of E steps, if E is given: six are too few for nets that go on learning
     from clean rows, and with many more the rate of those that overfit gets too high.
@@ -246,8 +237,6 @@ class TunerState(NamedTuple):
     noise: Tensor
     premium: Tensor
     last: Tensor
-    mean: Tensor
-    tried: Tensor
 
 
 class Sums(NamedTuple):
@@ -276,9 +265,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
     elif config.rule == "mechanic_pytorch":
         m.fill_(1e-6)
     state = TunerState(*(zero.clone() for _ in TunerState._fields))
-    return state._replace(
-        scales=s, max_product=m, start=start, premium=torch.ones_like(zero), mean=torch.ones_like(zero)
-    )
+    return state._replace(scales=s, max_product=m, start=start, premium=torch.ones_like(zero))
 
 
 def begin(
@@ -379,7 +366,7 @@ def update(
     config: TunerConfig,
     learning: bool | Tensor = True,
     factor: float | Tensor = 1.0,
-    step: float | Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> TunerState:
     """One step of the tuner, equations (2) to (6), or (10) to (13) after T. Pure: the arguments are not written.
 
@@ -390,7 +377,7 @@ def update(
         config: gives ε, the rule and the cap.
         learning: from `is_learning`; a tensor is of shape (...).
         factor: f_t, a number or of shape (...).
-        step: t, a number or of shape (...); ``None`` leaves (14) out, and has e be 1.
+        seen: e_t, of shape (...), or ``None`` where it is 1.
 
     Returns:
         s_{t+1} and all else of step t.
@@ -406,15 +393,15 @@ def update(
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
-    t = None if step is None else torch.as_tensor(step, dtype=h.dtype, device=h.device).unsqueeze(-1)
+    e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
     if not isinstance(learning, Tensor):
-        return _bet(state, h, f, t, betas, config) if learning else _settle(state, h, f, t, config)
-    both = zip(_bet(state, h, f, t, betas, config), _settle(state, h, f, t, config), strict=True)
+        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
+    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)
     return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
 
 
-def _bet(state: TunerState, h: Tensor, f: Tensor, t: Tensor | None, betas: Tensor, config: TunerConfig) -> TunerState:
-    """(2) to (6), (14), F and G."""
+def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """(2) to (6), F and G."""
     s, r, m, v, start, *_ = state
     peak, bet = torch.maximum(state.peak, f), h
     if config.rule == "manic":
@@ -439,18 +426,12 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, t: Tensor | None, betas: Tenso
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
-    s, top, mean, tried = _capped(s, config), f.expand_as(peak), state.mean, state.tried
-    if config.rule == "manic" and t is not None:
-        before, now = mean * state.top * _sum(state.scales), f * _sum(s)
-        goes_on = (t > config.learning_steps - config.learning_steps // 3) & (before > 0) & (now > 0)
-        tried = torch.where(goes_on, tried + 1, 1)
-        mean = torch.where(goes_on, (before / now) ** (1 - 1 / tried), 1)  # (14)
-    return TunerState(
-        s, r, m, v, start, state.power, state.level, peak, top, state.noise, state.premium, state.last, mean, tried
+    return state._replace(
+        scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
     )
 
 
-def _settle(state: TunerState, h: Tensor, f: Tensor, t: Tensor | None, config: TunerConfig) -> TunerState:
+def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: TunerConfig) -> TunerState:
     """(10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
@@ -458,7 +439,6 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, t: Tensor | None, config: T
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     signal, weight = 2 * (k * state.last / usual).clamp(max=UNUSUAL**2), 1.0
-    e = None if t is None else seen(t, config)
     if e is not None:
         signal = torch.where((k > 0) & (state.last > 0), UPHILL * signal, signal)
         weight = torch.where(state.last == 0, e.clamp(max=1), e)
@@ -468,18 +448,14 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, t: Tensor | None, config: T
     rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
     premium = torch.where(top > 0, rise, 1) ** (USUAL / now)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    s = state.scales * (state.mean * held * (before / now).sqrt() / state.premium)  # (13), but for π
+    s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
     if config.max_scale is not None:
-        premium = torch.minimum(premium, config.max_scale / _sum(s))
-    s, mean = s * premium, torch.ones_like(s)
-    return state._replace(scales=s, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k, mean=mean)
+        premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
+    s = s * premium
+    return state._replace(scales=s, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k)
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:
     if config.max_scale is None:
         return scales
-    return scales * (config.max_scale / _sum(scales)).clamp(max=1)
-
-
-def _sum(scales: Tensor) -> Tensor:
-    return scales.sum(-1, keepdim=True)
+    return scales * (config.max_scale / scales.sum(-1, keepdim=True)).clamp(max=1)

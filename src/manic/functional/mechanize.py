@@ -134,7 +134,8 @@ def mechanize(
         steps = state.steps + 1
         factor = getattr(config, "lr", state.lr) / state.lr
         learning = tuner.is_learning(steps, constants)
-        tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, steps)
+        seen = tuner.seen(steps.to(scale.dtype), constants)
+        tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, seen)
         if constants.s_init is None:
             tuned = _begun(tuned, sums.grad_square, params, tentative, factor, constants)
         next_scale = tuned.scales.sum(-1)

@@ -117,7 +117,7 @@ class Mechanic:
         self._skipped_before = self._skipped.clone()  # before the step that is pending
         self._configure(config)
         self._state = tuner.init(config, updater.scale.device, updater.scale.dtype)
-        self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._previous = TunerState(*map(torch.clone, self._state))
         updater._claimed = True
         updater._start(self._state.scales.sum())
 
@@ -185,7 +185,7 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         step = self._steps + (not self.updater._pending)
-        self._captured |= _is_captured(self.updater.scale)
+        self._captured |= self._betas.is_cuda and torch.cuda.is_current_stream_capturing()
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
         sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or seeks or judged)
         self._to(scale)
@@ -231,9 +231,8 @@ class Mechanic:
         """
         if self._config.s_init is not None or self._captured:
             return False
-        taken = self.updater._steps
-        found = self._found_at < step  # and that step was not broken off
-        return not (found or (not self._betas.is_cpu and taken & (taken + 1)))
+        taken = self.updater._steps  # if it was found at this very step, that was broken off
+        return self._found_at >= step and (self._betas.is_cpu or not taken & (taken + 1))
 
     def _begin(
         self, config: TunerConfig, grad_square: Tensor, param_norm: Tensor, update_norm: Tensor, count: Tensor
@@ -298,7 +297,7 @@ class Mechanic:
             skipped.copy_(state_dict["skipped"])
         self._state = state
         self._note_start()
-        self._previous = TunerState(*(tensor.clone() for tensor in self._state))
+        self._previous = TunerState(*map(torch.clone, self._state))
         self.updater._start(state_dict["scale"])
 
     def _check_state(self, state_dict: dict[str, Any]) -> TunerConfig:
@@ -333,7 +332,9 @@ class Mechanic:
         if not every or self._steps % every:
             return
         if self.log_func is None:
-            logger.info("step %d: scale %.6g, learning rates %s", self._steps, self.scale, self.updater.get_last_lr())
+            if logger.isEnabledFor(logging.INFO):  # else nothing is read from the device
+                rates = self.updater.get_last_lr()
+                logger.info("step %d: scale %.6g, learning rates %s", self._steps, self.scale, rates)
             return
         scale = self.scale
         self.log_func(
@@ -345,10 +346,6 @@ class Mechanic:
                 "skipped": self._skipped.clone(),
             }
         )
-
-
-def _is_captured(scale: Tensor) -> bool:
-    return scale.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tune(

@@ -591,8 +591,8 @@ class Displacement:
         assert self._reduction is not None
         squares, count = like.new_zeros(2), 0.0
         for bucket in self._buckets:
-            for x, reference in bucket.pairs():
-                before = reference.to(x.device)
+            for x, reference in plain.blocks(*zip(*bucket.pairs(), strict=True)):
+                before = plain.fetch(reference, x)
                 norms = [torch.linalg.vector_norm(part, dtype=like.dtype) for part in (before, x - before)]
                 squares.add_(torch.stack(norms).square().to(like), alpha=bucket.share)
                 count += bucket.share * x.numel()

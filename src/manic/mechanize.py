@@ -6,6 +6,7 @@ import copy
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -89,19 +90,18 @@ def mechanize(
         "nonfinite": nonfinite,
         "process_group": process_group,
     }
-    tuner: dict[str, Any] = {
-        "rule": rule,
-        "betas": betas,
-        "s_decay": s_decay,
-        "s_init": s_init,
-        "eps": eps,
-        "max_scale": max_scale,
-        "steps_per_epoch": steps_per_epoch,
-    }
-    tuner["betas"] = TunerConfig(**tuner).betas
-    mechanic = {**tuner, "log_func": log_func, "log_every": log_every}
-    values = (*updater.values(), *tuner.values(), log_every)
-    key = (base, id(log_func), values, *map(type, values))  # for 1 == True
+    config = TunerConfig(
+        rule=rule,
+        betas=betas,
+        s_decay=s_decay,
+        s_init=s_init,
+        eps=eps,
+        max_scale=max_scale,
+        steps_per_epoch=steps_per_epoch,
+    )
+    mechanic = {**asdict(config), "log_func": log_func, "log_every": log_every}
+    values = (*updater.values(), log_every)
+    key = (base, config, id(log_func), values, *map(type, values))  # for 1 == True
     made = _classes.get(key)
     if made is None:
         options = {"updater": updater, "mechanic": mechanic}
@@ -326,8 +326,8 @@ class _Base:
         while getattr(step, "hooked", False):
             step = step.__wrapped__
         outer.found_inf = getattr(self, "found_inf", None)
-        takes_closure = len(inspect.signature(step).parameters) > 1
-        result = step(outer, closure) if closure is not None and takes_closure else step(outer)
+        takes_closure = closure is not None and len(inspect.signature(step).parameters) > 1
+        result = step(outer, closure) if takes_closure else step(outer)
         outer._mirror()
         return result
 

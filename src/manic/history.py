@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manic.displacement import scale_dtype
+
 CHUNK = 1024  # rows kept on their device before they are read in one transfer
 
 
@@ -105,14 +107,14 @@ class History:
         plot_histories({"manic": self}, path)
 
     def _read(self) -> None:
-        places = [(row, name) for row in self._waiting for name in row if isinstance(row[name], Tensor)]
         by_device: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
-        for row, name in places:
-            by_device.setdefault(row[name].device, []).append((row, name))
-        for device, same in by_device.items():
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            numbers = torch.stack([row[name].reshape(()).to(dtype) for row, name in same]).tolist()
-            for (row, name), number in zip(same, numbers, strict=True):
-                row[name] = int(number) if name == "skipped" else number
+        for row in self._waiting:
+            for name, value in row.items():
+                if isinstance(value, Tensor):
+                    by_device.setdefault(value.device, []).append((row, name))
+        for device, places in by_device.items():
+            values = torch.stack([row[name].reshape(()).to(scale_dtype(device)) for row, name in places]).tolist()
+            for (row, name), value in zip(places, values, strict=True):
+                row[name] = int(value) if name == "skipped" else value
         self._rows += self._waiting
         self._waiting = []

@@ -110,15 +110,7 @@ class Updater:
                 "Call its step() and leave out Updater and Mechanic."
             )
         check_kind(type(base))
-        if nonfinite not in ("skip", "raise"):
-            raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
-        for name, value in {"store_delta": store_delta, "cpu_offload": cpu_offload}.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; expected True or False.")
-        if isinstance(internal_lr, bool) or not isinstance(internal_lr, numbers.Real | None):
-            raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
-        if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
-            raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
+        _check_options(store_delta, cpu_offload, internal_lr, nonfinite)
         steps = getattr(lr_scheduler, "step", None)
         if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(steps)):
             raise TypeError(
@@ -143,7 +135,8 @@ class Updater:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._restart: bool | Tensor = False
         self._gradient: tuple[int, int] | None = None  # the first one's identity and version
-        self._handed_off = self._warned_of_change = self._warned_of_epoch = self._warned_of_gradient = False
+        self._handed_off = False
+        self._told: set[str] = set()  # what was warned of
         self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
         self._internal_lr = None if internal_lr is None else float(internal_lr)
@@ -222,11 +215,11 @@ class Updater:
         parameters = self._parameters()
         self._to(parameters[0].device)
         self._parameter_count, self._gradient = len(parameters), _first_gradient(parameters)
-        if self.displacement.refresh(parameters, self._scale) and not self._warned_of_change:
-            self._warned_of_change = True
-            warn(
+        if self.displacement.refresh(parameters, self._scale):
+            self._warn_once(
+                "change",
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
-                "from zero; if this happens at every step (weight clipping, say), use store_delta=True."
+                "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
             )
         return self.displacement.sums(self._scale, complete=complete), self._scale
 
@@ -281,11 +274,11 @@ class Updater:
         self._check_pending()
         self._heed_scaler()
         parameters = self._parameters()
-        if not self._warned_of_gradient and self._gradient != _first_gradient(parameters):
-            self._warned_of_gradient = True
-            warn(
+        if self._gradient != _first_gradient(parameters):
+            self._warn_once(
+                "gradient",
                 "The gradients were changed between mechanic.step() and updater.step(); expected the same in both. "
-                "Unscale, accumulate and clip before mechanic.step()."
+                "Unscale, accumulate and clip before mechanic.step().",
             )
         with torch.no_grad():
             self.displacement.keep_changes(parameters, self._scale)
@@ -299,7 +292,7 @@ class Updater:
             before = self.displacement.begin() if one_pass is None else None
         try:
             with (
-                self._internal_rates(),
+                self._rates_times(self._unit),
                 self._found_inf(on_device),
                 held_hooks(self.base_optimizer, "_optimizer_step_post_hooks"),  # they would see an unscaled step
                 held_hooks(every_optimizer, "_global_optimizer_post_hooks"),
@@ -394,14 +387,19 @@ class Updater:
 
     def _step_schedule(self, schedule: Any) -> None:
         epoch = _epoch_of(schedule)
-        if None not in (epoch, self._epoch) and epoch > self._epoch and not self._warned_of_epoch:
-            self._warned_of_epoch = True
-            warn(
+        if None not in (epoch, self._epoch) and epoch > self._epoch:
+            self._warn_once(
+                "epoch",
                 f"Since the last updater.step() the schedule went from step {self._epoch} to {epoch}. "
-                "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater."
+                "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater.",
             )
         schedule.step()
         self._epoch = _epoch_of(schedule)
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn(message)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -416,18 +414,14 @@ class Updater:
             return
         parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in parameters]
-        given = [group["lr"] for group in self.param_groups]
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            for group in self.param_groups:
-                group["lr"] = group["lr"] * 0
-            self.base_optimizer.step()
+            with self._rates_times(0):
+                self.base_optimizer.step()
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            for group, rate in zip(self.param_groups, given, strict=True):
-                group["lr"] = rate
         self.displacement.refresh(self._parameters(), self._scale)
 
     @torch.no_grad()
@@ -650,12 +644,13 @@ class Updater:
             self._finite, self._taken = self._finite.to(device), self._taken.to(device)
 
     @contextmanager
-    def _internal_rates(self) -> Iterator[None]:
+    def _rates_times(self, factor: float) -> Iterator[None]:
+        """Have the base optimizer, whose step is ours now, see its rates times a factor."""
         given = [group["lr"] for group in self.param_groups]
         self._in_step = True
         try:
             for group in self.param_groups:
-                group["lr"] = group["lr"] * self._unit
+                group["lr"] = group["lr"] * factor
             yield
         finally:
             self._in_step = False
@@ -737,6 +732,18 @@ def _epoch_of(schedule: Any) -> Any:
     if isinstance(schedule, lr_scheduler.ChainedScheduler):
         return _epoch_of(schedule._schedulers[0])
     return getattr(schedule, "last_epoch", None)
+
+
+def _check_options(store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str) -> None:
+    if nonfinite not in ("skip", "raise"):
+        raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
+    for name, value in {"store_delta": store_delta, "cpu_offload": cpu_offload}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected True or False.")
+    if isinstance(internal_lr, bool) or not isinstance(internal_lr, numbers.Real | None):
+        raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
+    if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
+        raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
 
 
 def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:

@@ -185,7 +185,7 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         step = self._steps + (not self.updater._pending)
-        self._captured |= self._betas.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._captured |= _is_captured(self._betas)
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
         sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or seeks or judged)
         self._to(scale)
@@ -346,6 +346,10 @@ class Mechanic:
                 "skipped": self._skipped.clone(),
             }
         )
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tune(

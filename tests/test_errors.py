@@ -194,6 +194,11 @@ def test_order_of_calls() -> None:
         Mechanic(updater)
 
 
+def test_differentiable() -> None:
+    with pytest.raises(ValueError, match=r"group 0 has differentiable=True.*those of manic.functional"):
+        Updater(sgd(differentiable=True))
+
+
 def test_maximize() -> None:
     with pytest.raises(ValueError, match=r"group 0 has maximize=True.*Minimize the negative of the objective"):
         Updater(sgd(maximize=True))

@@ -273,6 +273,20 @@ def test_exports():
     assert distance(ours, theirs) <= 1e-12
 
 
+def test_the_rate_comes_with_the_config():
+    start, loss = make_problem()
+    ends = []
+    for lr in (1.0, 1e-3):
+        config = AdamConfig(lr=lr)
+        init, step = mechanize(adamw_step)
+        params, state = start, init(start, adam_init(start, config), config)
+        for t in range(50):
+            params, state = step(params, torch.func.grad(loss)(params, t), state, config)
+        ends.append((params, lr * state.scale))
+    assert distance(ends[0][0], start) > 1e-2
+    assert distance(*ends) <= 1e-9
+
+
 def test_bfloat16_parameters_train_with_a_float32_displacement():
     torch.manual_seed(0)
     params = {"w": torch.randn(50, dtype=torch.bfloat16), "zero": torch.zeros(3, dtype=torch.bfloat16)}
@@ -366,6 +380,7 @@ ERRORS = [
     (lambda: run(delta={"v": torch.ones(2)}), ValueError, r"key"),
     (lambda: mechanize(sgd_step).init({}, ()), ValueError, r"params has no tensors"),
     (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), 0.0), ValueError, r"lr is 0.0; expected .* number > 0"),
+    (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), "1"), ValueError, r"lr is '1'; expected .* number > 0"),
     (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), torch.ones(1)), ValueError, r"lr has shape \(1,\)"),
 ]
 

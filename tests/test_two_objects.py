@@ -159,6 +159,18 @@ def test_groups_keep_their_ratio_and_get_effective_rates() -> None:
     assert updater.param_groups is optimizer.param_groups
 
 
+def test_a_group_without_parameters_has_no_say_in_the_internal_rate() -> None:
+    seen, model = [], make_net()
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 1.0}, {"params": [], "lr": 1e9}])
+    updater = Updater(optimizer, internal_lr=2.0)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(opt.param_groups[0]["lr"]))
+    mechanic = Mechanic(updater)
+    backward(model, 0)
+    mechanic.step()
+    updater.step()
+    assert seen == [2.0]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -823,6 +835,25 @@ def test_a_conjugated_gradient() -> None:
         mechanic.step()
         updater.step()
     assert float(loss.detach()) < 1
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_negated_parameter(store_delta: bool) -> None:
+    """An imaginary part of a conjugate is a view that has the sign as a flag."""
+    target, ends = torch.randn(5, generator=torch.Generator().manual_seed(0)), []
+    for value in (torch.ones(5, dtype=torch.complex64).mul(1 - 2j).conj().imag, torch.full((5,), 2.0)):
+        p = nn.Parameter(value)
+        updater = Updater(torch.optim.AdamW([p], lr=1.0), store_delta=store_delta)
+        mechanic = Mechanic(updater)
+        for _ in range(60):
+            updater.zero_grad()
+            (p - target).square().sum().backward()
+            mechanic.step()
+            updater.step()
+        ends.append(p.detach())
+    assert nn.Parameter(value.new_ones(5, dtype=torch.complex64).conj().imag).is_neg()
+    assert (ends[1] - target).norm() < (2 - target).norm() / 4
+    assert torch.allclose(*ends, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -691,7 +691,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_conj()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

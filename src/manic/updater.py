@@ -598,6 +598,11 @@ class Updater:
                     f"Parameter group {i} has maximize=True, which turns the sign of the update against the gradient; "
                     "expected False. Minimize the negative of the objective instead."
                 )
+            if group.get("differentiable"):
+                raise ValueError(
+                    f"Parameter group {i} has differentiable=True, but manic's part of a step has no derivative; "
+                    "expected False. To differentiate through steps, use those of manic.functional."
+                )
         if not self._parameters():
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
@@ -619,7 +624,7 @@ class Updater:
     def _find_unit(self) -> None:
         """Note the groups' nominal learning rates; the unit is internal_lr over the largest."""
         if self._internal_lr is not None:
-            largest = max(map(rates.nominal, self.param_groups))
+            largest = max(rates.nominal(group) for group in self.param_groups if group["params"])
             unit = self._internal_lr / largest if largest > 0 else math.inf
             if not (math.isfinite(unit) and unit > 0):
                 raise ValueError(

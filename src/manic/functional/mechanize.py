@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
 from manic.displacement import scale_dtype, wide
-from manic.functional.tree import Number, Tree, check_params, map_leaves, tree_where
+from manic.functional.tree import Tree, check_params, map_leaves, tree_where
 from manic.kernels.plain import kept
 from manic.tuner import Sums, TunerConfig, TunerState
 
@@ -40,7 +41,7 @@ class MechanizeState(NamedTuple):
 
 
 class Mechanized(NamedTuple):
-    """What `mechanize` returns: ``init(params, base_state, lr=1.0)``, and a ``step`` called as the base's is."""
+    """What `mechanize` returns: ``init(params, base_state, config=1.0)``, and a ``step`` called as the base's is."""
 
     init: Callable[..., MechanizeState]
     step: Callable[[Tree, Tree, MechanizeState, Any], tuple[Tree, MechanizeState]]
@@ -60,8 +61,8 @@ def mechanize(
         config: the tuner's constants; ``None`` for the defaults.
 
     Returns:
-        ``init`` and ``step``. The former takes the rate that a schedule multiplies, if it is not 1, as a number or a
-        0-d tensor: by it, and by the config's ``lr`` if that has one, a warmup's first update is told from a small
+        ``init`` and ``step``. The former takes the base's config, or the rate that a schedule multiplies as a number or
+        a 0-d tensor: by it, and by the ``lr`` of each step's config, a warmup's first update is told from a small
         one. Both raise ValueError: ``init`` if that rate is not a finite number > 0, ``step`` if the base's config has
         ``maximize=True``.
 
@@ -74,7 +75,7 @@ def mechanize(
         >>> init, step = mechanize(adamw_step)
         >>> config = AdamConfig(lr=1.0)
         >>> params = {"w": torch.tensor([3.0, -2.0])}
-        >>> state = init(params, adam_init(params, config))
+        >>> state = init(params, adam_init(params, config), config)
         >>> for _ in range(300):
         ...     grads = torch.func.grad(lambda params: params["w"].square().sum())(params)
         ...     params, state = step(params, grads, state, config)
@@ -93,11 +94,11 @@ def mechanize(
             "goes to the step that mechanize returns, as it went to the stepper."
         )
 
-    def init(params: Tree, base_state: Any, lr: Number = 1.0) -> MechanizeState:
+    def init(params: Tree, base_state: Any, config: Any = 1.0) -> MechanizeState:
         device = check_params(params)
-        dtype = scale_dtype(device)
-        if not isinstance(lr, Tensor) and not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr is {lr}; expected the rate that the schedule multiplies, a finite number > 0.")
+        dtype, lr = scale_dtype(device), getattr(config, "lr", config)
+        if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr is {lr!r}; expected the rate that the schedule multiplies, a finite number > 0.")
         if isinstance(lr, Tensor) and lr.dim():
             raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number, or a 0-d tensor.")
         return MechanizeState(

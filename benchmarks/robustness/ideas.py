@@ -177,7 +177,7 @@ class Idea:
     seen: str = "once"
     passes: str = ""
     premium: float = tuner.PREMIUM
-    averaged: float = 1 / 3
+    averaged: float = 0.0
     mean_of: str = "rates"
     arithmetic: bool = False
     rises: float = 1.0
@@ -196,8 +196,7 @@ class Idea:
     shared: bool = False
 
 
-LAST = Idea(averaged=0.0)
-NOISE = replace(LAST, premium=1.0)
+NOISE = Idea(premium=1.0)
 TRIPLING = replace(NOISE, learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
@@ -209,7 +208,8 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-ONCE = replace(LAST, again=1.0)
+ONCE = Idea(again=1.0)
+MEAN = Idea(averaged=1 / 3)
 PREMIUM = replace(ONCE, rises=math.inf)
 CHARGED = replace(ONCE, s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
@@ -218,8 +218,26 @@ NINE = replace(EPOCHS, learns_passes=9.0)
 UPHILL = replace(NINE, uphill=tuner.UPHILL)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
-TOLD_NOW = replace(TOLD_MEAN, learns_passes=float(tuner.EPOCHS))
+TOLD_NOW = replace(TOLD_TWICE, learns_passes=float(tuner.EPOCHS))
 IDEAS = {
+    "the default": Idea(),
+    "… s_init is 1e-8": Idea(s_init=1e-8),
+    "… the first scale is s_init": Idea(stake=1.0),
+    "… Δ never starts again": Idea(recentre="never"),
+    "… Δ starts again every nine steps from the start": Idea(recentre="every", first=tuner.SHORT),
+    "… all of a change of the scale is made up for: α = 1": Idea(rescaled=1.0),
+    "… bets are not clipped": Idea(clip=False),
+    "… bets go on to the end": Idea(learns=math.inf, short=0, premium=1.0),
+    "… after T, Δ starts again at 3 T, 9 T, …": Idea(short=0),
+    "… noise counts for nothing": Idea(seen="never"),
+    "… signal is not bounded": Idea(unusual=math.inf),
+    "… the schedule counts in full: π = 1": Idea(premium=1.0),
+    "… what the schedule falls by is made up for once": Idea(again=1.0),
+    "… where h is noise as well: π without c": Idea(gate=0.0),
+    "the default, given the epoch": TOLD_NOW,
+    "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
+    "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
+    "… what repeats uphill counts in full: ω = 1, given the epoch": replace(TOLD_NOW, uphill=1.0),
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
     "s_init from the data": FIXED,
@@ -346,16 +364,18 @@ IDEAS = {
     "…, from T on, and half as much again": replace(ONCE, rises=1.5),
     "…, from T on, and up to its peak by 1/81 a step": replace(ONCE, climbs=1 / 81),
     "…, from T on, and up to its peak, one and a half times": replace(ONCE, again=1.5),
-    "**…, from T on, and up to its peak, twice**": replace(ONCE, again=2.0),
+    "**…, from T on, and up to its peak, twice**": Idea(),
     "…, from T on, and up to its peak, three times": replace(ONCE, again=3.0),
-    "**up to the peak twice, the mean of the last third: the default**": Idea(),
-    "up to the peak twice, the mean of the last half": Idea(averaged=1 / 2),
-    "up to the peak twice, the mean of the last two thirds": Idea(averaged=2 / 3),
-    "up to the peak twice, the arithmetic mean": Idea(arithmetic=True),
-    "up to the peak twice, the arithmetic mean of the last two thirds": Idea(arithmetic=True, averaged=2 / 3),
-    "up to the peak twice, the mean of the scales of the last third": Idea(mean_of="scales"),
-    "up to the peak twice, the mean of the scales of the last two thirds": Idea(mean_of="scales", averaged=2 / 3),
-    "up to the peak once, the mean of the last third": Idea(again=1.0),
+    "**up to the peak twice, the mean of the last third**": MEAN,
+    "up to the peak twice, the mean of the last half": replace(MEAN, averaged=1 / 2),
+    "up to the peak twice, the mean of the last two thirds": replace(MEAN, averaged=2 / 3),
+    "up to the peak twice, the arithmetic mean": replace(MEAN, arithmetic=True),
+    "up to the peak twice, the arithmetic mean of the last two thirds": replace(MEAN, arithmetic=True, averaged=2 / 3),
+    "up to the peak twice, the mean of the scales of the last third": replace(MEAN, mean_of="scales"),
+    "up to the peak twice, the mean of the scales of the last two thirds": replace(
+        MEAN, mean_of="scales", averaged=2 / 3
+    ),
+    "up to the peak once, the mean of the last third": replace(MEAN, again=1.0),
     "…, from T on, λ = 0.005 until then": replace(CHARGED, s_decay=0.005),
     "…, from T on, λ = 0.01 until then": CHARGED,
     "…, from T on, λ = 0.02 until then": replace(CHARGED, s_decay=0.02),
@@ -402,10 +422,12 @@ IDEAS = {
     "with the epoch given, T after nine, up to the peak twice, the arithmetic mean": replace(
         TOLD_MEAN, arithmetic=True
     ),
-    "**with the epoch given, T after twelve, up to the peak twice, the mean of the last third**": TOLD_NOW,
-    "with the epoch given, T after twelve, up to the peak twice": replace(TOLD_NOW, averaged=0.0),
+    "**with the epoch given, T after twelve, up to the peak twice, the mean of the last third**": replace(
+        TOLD_NOW, averaged=1 / 3
+    ),
+    "**with the epoch given, T after twelve, up to the peak twice**": TOLD_NOW,
     "with the epoch given, T after twelve, up to the peak twice, the mean of the scales of the last third": replace(
-        TOLD_NOW, mean_of="scales"
+        TOLD_NOW, averaged=1 / 3, mean_of="scales"
     ),
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),

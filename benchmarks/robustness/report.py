@@ -15,8 +15,8 @@ from tasks import CHOOSING, REPORTED
 from train import BASE, METHODS, START, Losses, Run, grid, lr_of, mean, mean_losses
 
 HALVES = {
-    "Tasks that choices were made on": [task.__name__ for task in CHOOSING],
-    "Tasks that no choice has seen": [task.__name__ for task in REPORTED],
+    "Design tasks": [task.__name__ for task in CHOOSING],
+    "Test tasks": [task.__name__ for task in REPORTED],
 }
 LEAST_LOSS = 1e-7  # losses below count as this: long runs on small data reach 0 in float32
 LEVEL = 0.1  # a gap that counts as being as good

@@ -53,6 +53,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "gpt-355m": gpt(1024, 24, 50257, 1024),
     "gpt-1.3b": gpt(2048, 24, 50257, 1024),
     "small": [(256,)] * 2000,
+    "tiny": [(1, 10), (1,)],
     **{f"split-{count}": [(2**20 // count,)] * count for count in (1, 16, 256, 2048)},
 }
 

@@ -445,6 +445,11 @@ def test_refused_states() -> None:
     few = torch.optim.AdamW(list(model.parameters())[:3], lr=0.1)
     with pytest.raises(ValueError, match="of another model"):
         Updater(few).load_state_dict(plain)
+    with pytest.raises(ValueError, match="displacement=None; expected a dict"):
+        updater().load_state_dict({**plain, "displacement": None})
+    for name in ("config", "tuner"):
+        with pytest.raises(ValueError, match=f"{name}=None; expected a dict"):
+            Mechanic(updater()).load_state_dict({**mechanic_state, name: None})
     broken = {**mechanic_state, "tuner": {name: t[:2] for name, t in mechanic_state["tuner"].items()}}
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
         Mechanic(updater()).load_state_dict(broken)

@@ -150,7 +150,15 @@ def test_init_state_changes_nothing() -> None:
         updater = Updater(optimizer)
         mechanic = Mechanic(updater, s_init=1e-3)
         if init:
+            calls = []
+            hooks = [
+                optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+                optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+            ]
             updater.init_state()
+            assert not calls
+            for hook in hooks:
+                hook.remove()
             assert len(updater.state_dict()["displacement"]) == len(list(model.parameters()))
             assert optimizer.param_groups[0]["lr"] == 0.1
         for step in range(10):

@@ -51,7 +51,7 @@ def test_mechanic_options(options: dict[str, Any], message: str) -> None:
         Mechanic(updater, **options)
     Mechanic(updater)  # a refused Mechanic has not taken the Updater
     with pytest.raises(ValueError, match=message):
-        mechanize(torch.optim.SGD, **options)(make_net().parameters(), lr=1.0)
+        mechanize(torch.optim.SGD, **options)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,13 @@ def test_mechanic_options(options: dict[str, Any], message: str) -> None:
 def test_updater_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Updater(sgd(), **options)
+    with pytest.raises(ValueError, match=message):
+        mechanize(torch.optim.SGD, **options)
+
+
+def test_options_of_a_type_that_cannot_be_hashed() -> None:
+    with pytest.raises(TypeError, match=r"internal_lr is \[1.0\]; expected a finite number > 0, or None"):
+        mechanize(torch.optim.SGD, internal_lr=[1.0])  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_not_an_optimizer() -> None:
@@ -415,8 +422,3 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
 def test_arguments_of_another_type(build: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         build()
-
-
-def test_config_is_frozen() -> None:
-    with pytest.raises(AttributeError):
-        TunerConfig().eps = 1.0

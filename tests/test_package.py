@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -38,6 +39,8 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"manic"}  # no examples, no tests
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
     assert f"Version: {manic.__version__}\n" in metadata
+    versions = re.findall(r"^Classifier: .* (3\.\d+)$", metadata, re.MULTILINE)
+    assert f"on Python {', '.join(versions[:-1])} and {versions[-1]}\n" in metadata  # as the README says
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
     done = subprocess.run(

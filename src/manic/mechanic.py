@@ -91,14 +91,7 @@ class Mechanic:
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        if isinstance(log_every, bool) or not isinstance(log_every, numbers.Integral):
-            raise TypeError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
-        if log_every < 0:
-            raise ValueError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
-        if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
-            raise TypeError(
-                f"log_func is {log_func!r}; expected a function of one dict, or an object such as History()."
-            )
+        check_logging(log_func, log_every)
         config = TunerConfig(
             rule=rule,
             betas=betas,
@@ -303,7 +296,8 @@ class Mechanic:
     def _check_state(self, state_dict: dict[str, Any]) -> TunerConfig:
         """The saved options; or ValueError, unless `load_state_dict` can take ``state_dict``."""
         check_version(state_dict, "Mechanic", ("config", "tuner", "scale", "steps", "skipped"))
-        check_entries(state_dict, "Mechanic", {"scale": Tensor, "steps": numbers.Integral, "skipped": Tensor})
+        types = {"config": dict, "tuner": dict, "scale": Tensor, "steps": numbers.Integral, "skipped": Tensor}
+        check_entries(state_dict, "Mechanic", types)
         config = TunerConfig(**state_dict["config"])
         n = len(config.betas)
         shapes = {name: tuple(getattr(tensor, "shape", "?")) for name, tensor in state_dict["tuner"].items()}
@@ -346,6 +340,16 @@ class Mechanic:
                 "skipped": self._skipped.clone(),
             }
         )
+
+
+def check_logging(log_func: Any, log_every: int) -> None:
+    """Raise TypeError or ValueError unless `Mechanic` can take these."""
+    if isinstance(log_every, bool) or not isinstance(log_every, numbers.Integral):
+        raise TypeError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
+    if log_every < 0:
+        raise ValueError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
+    if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
+        raise TypeError(f"log_func is {log_func!r}; expected a function of one dict, or an object such as History().")
 
 
 def _is_captured(tensor: Tensor) -> bool:

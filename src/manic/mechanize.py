@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from manic.checkpoint import check_entries, check_version, copied, dtypes, keep_dtypes, undone_on_error
 from manic.kernels.compiled import outside_graphs
-from manic.mechanic import Mechanic
+from manic.mechanic import Mechanic, check_logging
 from manic.tuner import BETAS, TunerConfig, TunerState
-from manic.updater import Updater, check_kind, held_hooks
+from manic.updater import Updater, check_kind, check_options, held_hooks
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
@@ -62,8 +62,8 @@ def mechanize(
         A subclass of ``base``, called with the arguments of ``base``.
 
     Raises:
-        TypeError: ``base`` is not an optimizer class, or an option of the tuner is of another type.
-        ValueError: an option of the tuner is out of range.
+        TypeError: ``base`` is not an optimizer class, or an option is of another type.
+        ValueError: an option is out of range.
 
     Example:
         >>> import torch
@@ -83,6 +83,8 @@ def mechanize(
             f"mechanize(torch.optim.SGD)(model.parameters(), lr=1.0).{options}"
         )
     check_kind(base)
+    check_options(store_delta, cpu_offload, internal_lr, nonfinite)
+    check_logging(log_func, log_every)
     updater = {
         "store_delta": store_delta,
         "cpu_offload": cpu_offload,

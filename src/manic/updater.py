@@ -110,7 +110,7 @@ class Updater:
                 "Call its step() and leave out Updater and Mechanic."
             )
         check_kind(type(base))
-        _check_options(store_delta, cpu_offload, internal_lr, nonfinite)
+        check_options(store_delta, cpu_offload, internal_lr, nonfinite)
         steps = getattr(lr_scheduler, "step", None)
         if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(steps)):
             raise TypeError(
@@ -294,8 +294,7 @@ class Updater:
             with (
                 self._rates_times(self._unit),
                 self._found_inf(on_device),
-                held_hooks(self.base_optimizer, "_optimizer_step_post_hooks"),  # they would see an unscaled step
-                held_hooks(every_optimizer, "_global_optimizer_post_hooks"),
+                _held_step_hooks(self.base_optimizer, "post"),  # they would see an unscaled step
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -417,7 +416,11 @@ class Updater:
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            with self._rates_times(0):
+            with (
+                self._rates_times(0),
+                _held_step_hooks(self.base_optimizer, "pre"),
+                _held_step_hooks(self.base_optimizer, "post"),
+            ):
                 self.base_optimizer.step()
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -508,7 +511,7 @@ class Updater:
         """
         self._check_open()
         tuning = ("scale", "unit", "nominal_rates", "steps", "displacement")
-        numbers_of = {"scale": Tensor, "unit": numbers.Real, "nominal_rates": list, "steps": numbers.Integral}
+        types = dict(zip(tuning, (Tensor, numbers.Real, list, numbers.Integral, dict), strict=True))
         check_version(state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "dtypes", *tuning))
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
@@ -516,7 +519,7 @@ class Updater:
                     f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
                     f"{part}={kind}. Build it as it was when saved."
                 )
-        check_entries(state_dict, "Updater", numbers_of)
+        check_entries(state_dict, "Updater", types)
         self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
         expected = [len(group["params"]) for group in self.param_groups]
@@ -717,6 +720,16 @@ def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
         setattr(optimizer, kind, hooks)
 
 
+@contextmanager
+def _held_step_hooks(optimizer: Optimizer, when: str) -> Iterator[None]:
+    """Those of one optimizer, and those of all."""
+    with (
+        held_hooks(optimizer, f"_optimizer_step_{when}_hooks"),
+        held_hooks(every_optimizer, f"_global_optimizer_{when}_hooks"),
+    ):
+        yield
+
+
 class _NotFiniteError(Exception):
     """Raised in a base step that has to be skipped."""
 
@@ -739,7 +752,8 @@ def _epoch_of(schedule: Any) -> Any:
     return getattr(schedule, "last_epoch", None)
 
 
-def _check_options(store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str) -> None:
+def check_options(store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str) -> None:
+    """Raise TypeError or ValueError unless `Updater` can take these."""
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
     for name, value in {"store_delta": store_delta, "cpu_offload": cpu_offload}.items():

@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from manic import History, Mechanic, Updater, mechanize
-from manic.tuner import TunerConfig
 
 
 def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:

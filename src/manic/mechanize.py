@@ -102,8 +102,7 @@ def mechanize(
         steps_per_epoch=steps_per_epoch,
     )
     mechanic = {**asdict(config), "log_func": log_func, "log_every": log_every}
-    values = (*updater.values(), log_every)
-    key = (base, config, id(log_func), values, *map(type, values))  # for 1 == True
+    key = (base, config, *updater.values(), id(log_func), log_every)
     made = _classes.get(key)
     if made is None:
         options = {"updater": updater, "mechanic": mechanic}

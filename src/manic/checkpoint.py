@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.displacement import wide
+from manic.kernels.plain import wide
 
 STATE_VERSION = 13
 

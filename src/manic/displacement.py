@@ -21,7 +21,7 @@ from torch import Tensor
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
 from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.compiled import FEW, alias
-from manic.kernels.plain import point
+from manic.kernels.plain import point, wide
 from manic.tuner import Sums
 
 PACK = 1 << 16  # elements: smaller parameters share a part, which costs less than passes of their own
@@ -693,16 +693,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _real(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is kept of a tensor of such a dtype has this one, at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def scale_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _placed(value: Any, device: torch.device) -> Any:

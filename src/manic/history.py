@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manic.displacement import scale_dtype
+from manic.kernels.plain import scale_dtype
 
 CHUNK = 1024  # rows kept on their device before they are read in one transfer
 

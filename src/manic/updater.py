@@ -28,9 +28,10 @@ from manic.checkpoint import (
     load_schedule,
     undone_on_error,
 )
-from manic.displacement import Displacement, scale_dtype
+from manic.displacement import Displacement
 from manic.distributed import version
 from manic.kernels.compiled import outside_graphs
+from manic.kernels.plain import scale_dtype
 from manic.tuner import Sums
 from manic.warn import warn
 
@@ -510,8 +511,13 @@ class Updater:
             ValueError: the state is of another kind, model or schedule.
         """
         self._check_open()
-        tuning = ("scale", "unit", "nominal_rates", "steps", "displacement")
-        types = dict(zip(tuning, (Tensor, numbers.Real, list, numbers.Integral, dict), strict=True))
+        tuning: dict[str, Any] = {
+            "scale": Tensor,
+            "unit": numbers.Real,
+            "nominal_rates": list,
+            "steps": numbers.Integral,
+            "displacement": dict,
+        }
         check_version(state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "dtypes", *tuning))
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
@@ -519,7 +525,7 @@ class Updater:
                     f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
                     f"{part}={kind}. Build it as it was when saved."
                 )
-        check_entries(state_dict, "Updater", types)
+        check_entries(state_dict, "Updater", tuning)
         self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
         expected = [len(group["params"]) for group in self.param_groups]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from manic.displacement import scale_dtype
 from manic.functional.tree import Tree
+from manic.kernels.plain import scale_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
-from manic.displacement import scale_dtype, wide
 from manic.functional.tree import Tree, check_params, map_leaves, tree_where
-from manic.kernels.plain import kept
+from manic.kernels.plain import kept, scale_dtype, wide
 from manic.tuner import Sums, TunerConfig, TunerState
 
 
@@ -97,7 +96,7 @@ def mechanize(
     def init(params: Tree, base_state: Any, config: Any = 1.0) -> MechanizeState:
         device = check_params(params)
         dtype, lr = scale_dtype(device), getattr(config, "lr", config)
-        if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and math.isfinite(lr) and lr > 0):
+        if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and 0 < float(lr) < math.inf):
             raise ValueError(f"lr is {lr!r}; expected the rate that the schedule multiplies, a finite number > 0.")
         if isinstance(lr, Tensor) and lr.dim():
             raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number, or a 0-d tensor.")

@@ -20,6 +20,16 @@ LAUNCH = 1 << 26  # elsewhere, where a launch costs more than a cache miss
 TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long beside the start of a copy
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is kept of a tensor of such a dtype has this one, at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scale_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: the tuner's numbers are few, so precision costs nothing."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sums(
     xs: Sequence[Tensor] | None,
     gs: Sequence[Tensor | None],
@@ -38,22 +48,21 @@ def sums(
         The four sums, shape (4,).
     """
     here = next((tensor for tensor in (*(xs or ()), *gs) if tensor is not None), references[0])
-    wide = references[0].dtype
-    zero = torch.zeros((), dtype=wide, device=here.device)
+    dtype = references[0].dtype
+    zero = torch.zeros((), dtype=dtype, device=here.device)
     products: list[Tensor] = []
     complete = xs is not None
     for x, g, reference, delta in blocks(xs, gs, references, deltas):
-        x = None if x is None else x.to(wide)
+        x = None if x is None else x.to(dtype)
         if delta is None:
             assert x is not None
             delta = x - fetch(reference, here)
         else:
             delta = fetch(delta, here)
-        g = None if g is None else g.to(wide)
+        g = None if g is None else g.to(dtype)
         pairs = ((delta, g), (delta, x), (g, g), (x, x)) if complete else ((delta, g),)
         products += [zero if a is None or b is None else torch.dot(a, b) for a, b in pairs]
-    total = torch.float32 if here.device.type == "mps" else torch.float64
-    summed = torch.stack(products).view(-1, 4 if complete else 1).sum(0, dtype=total)
+    summed = torch.stack(products).view(-1, 4 if complete else 1).sum(0, dtype=scale_dtype(here.device))
     return summed if complete else torch.nn.functional.pad(summed, (0, 3))
 
 

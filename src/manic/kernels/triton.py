@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manic.kernels.plain import wide
+
 logger: logging.Logger = logging.getLogger("manic")
 
 CHUNK = 1 << 14  # elements of a program
@@ -297,7 +299,7 @@ class Table:
         self.count: int = len(x)
         self.stored: bool = delta is not None
         self.dtype: torch.dtype = x[0].dtype
-        self.wide: torch.dtype = torch.promote_types(self.dtype, torch.float32)
+        self.wide: torch.dtype = wide(self.dtype)
         self.x: Column = Column(device, [*x])
         self.reference: Column = Column(device, [*reference])
         self.delta: Column = Column(device, [*(reference if delta is None else delta)])

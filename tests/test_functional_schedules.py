@@ -125,5 +125,9 @@ def test_loss_scaler_errors():
         LossScalerConfig(backoff_factor=1.5)
     with pytest.raises(ValueError, match="growth_interval is 0"):
         LossScalerConfig(growth_interval=0)
+    with pytest.raises(ValueError, match="growth_interval is 2.5; expected a whole number"):
+        LossScalerConfig(growth_interval=2.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="init_scale is 'a'; expected a number between"):
+        LossScalerConfig(init_scale="a")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="A gradient is float16; expected float32"):
         loss_scaler.unscale([torch.ones(2, dtype=torch.float16)], loss_scaler.init(LossScalerConfig()))

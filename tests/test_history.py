@@ -113,6 +113,8 @@ def test_a_value_is_one_number() -> None:
     for value in ("a", None, [1.0]):
         with pytest.raises(TypeError, match=r"loss is .*; expected a number, or a tensor of one element"):
             History().record(loss=value)  # type: ignore
+    with pytest.raises(TypeError, match="loss is complex; expected a real number"):
+        History().record(loss=torch.tensor(1j))
     with pytest.raises(ValueError, match=r"loss has shape \(3,\); expected one number, such as its mean\(\)"):
         History().record(loss=torch.ones(3))
 
@@ -154,6 +156,8 @@ def test_pictures(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"No run has a row.*Mechanic\(updater, log_func=history\)"):
         plot_histories({"nothing": History()}, tmp_path / "none.png")
+    with pytest.raises(TypeError, match="is of type History; expected runs by name"):
+        plot_histories(history, tmp_path / "none.png")  # type: ignore
 
 
 @pytest.mark.parametrize("losses", [[1.0, -1.0], [-1.0, -2.0], [0.0, 0.0], [0.0, 1.0]])

@@ -328,6 +328,9 @@ def test_a_group_that_joins_late_is_where_the_schedule_is():
     assert (torch.tensor(START).double() - new.detach()).tolist() == pytest.approx([expected] * 3, rel=1e-6)
     with pytest.raises(ValueError, match="lr is -1"):
         optimizer.add_param_group({"params": [weight_of()], "lr": -1})
+    for betas in (0.9, (0.9,), (0.9, 0.99, 0.999)):
+        with pytest.raises(ValueError, match=r"betas is .*; expected a pair of numbers in \[0, 1\)"):
+            optimizer.add_param_group({"params": [weight_of()], "betas": betas})
     assert len(optimizer.param_groups) == 2
 
 

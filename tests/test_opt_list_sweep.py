@@ -247,7 +247,9 @@ def test_the_bar_shows_the_best(capsys):
         ({"k": 3, "order": [1, 2]}, "k is 3; expected 1 to 2"),
         ({"k": 2, "order": [1, 1]}, "expected every place once"),
         ({"k": 2, "order": [1, 100]}, "idx is 100; expected a place"),
+        ({"k": 2, "order": torch.tensor([1, 1])}, "expected every place once"),
         ({"workers": -1}, "workers is -1; expected"),
+        ({"workers": "2"}, "workers is '2'; expected"),
     ],
 )
 def test_places_that_are_not_there_are_refused(options, message):
@@ -350,6 +352,9 @@ def test_tasks_count_the_same_whatever_their_units():
         ([[]], {}, r"losses has shape \(1, 0\)"),
         ([[1.0, 2.0], [math.nan, math.inf]], {}, "Task 1 has no finite loss"),
         ([[1.0, 2.0]], {"k": 3}, "k is 3; expected 1 to 2"),
+        ([[1.0, 2.0]], {"k": 1.5}, "k is 1.5; expected 1 to 2"),
+        ([[1.0, 2.0], [3.0]], {}, "losses is .*; expected numbers, tasks × settings"),
+        ("losses", {}, "losses is 'losses'; expected numbers, tasks × settings"),
         ([[1.0, 2.0]], {"initial_losses": [1.0, 2.0]}, "a finite number for each of 1 tasks"),
         ([[1.0, 2.0]], {"initial_losses": [math.nan]}, "a finite number for each of 1 tasks"),
     ],

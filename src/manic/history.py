@@ -71,6 +71,8 @@ class History:
                 raise ValueError(f"{name!r} is recorded at every step already; expected another name.")
             if not isinstance(value, numbers.Real | Tensor):
                 raise TypeError(f"{name} is {value!r:.60}; expected a number, or a tensor of one element.")
+            if isinstance(value, Tensor) and value.is_complex():
+                raise TypeError(f"{name} is complex; expected a real number, such as its abs().")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
             self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value

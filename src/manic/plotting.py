@@ -22,7 +22,11 @@ def plot_histories(histories: Mapping[str, History | Mapping[str, list[float]]],
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw.
+        TypeError: the runs are not given by name.
     """
+    if not isinstance(histories, Mapping):
+        given = type(histories).__name__
+        raise TypeError(f"histories is of type {given}; expected runs by name, as in {{'manic': history}}.")
     runs = {name: run.columns if isinstance(run, History) else dict(run) for name, run in histories.items()}
     panels = [(key, label) for key, label in PANELS if any(key in run for run in runs.values())]
     if not panels:

@@ -15,6 +15,7 @@ tensor(2.)
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,8 +53,11 @@ class LossScalerConfig:
             ("backoff_factor", 0, 1),
             ("growth_interval", 0, math.inf),
         ):
-            if not low < getattr(self, name) < high:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number between {low} and {high}.")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not low < float(value) < high:
+                raise ValueError(f"{name} is {value!r}; expected a number between {low} and {high}.")
+        if not isinstance(self.growth_interval, numbers.Integral):
+            raise ValueError(f"growth_interval is {self.growth_interval!r}; expected a whole number of steps.")
 
 
 class LossScalerState(NamedTuple):

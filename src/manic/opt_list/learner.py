@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def learn_list(losses: Any, initial_losses: Any = None, k: int | None = None) ->
         k: how many settings to order, the rest being left out; ``None`` for all.
 
     Raises:
-        ValueError: the shapes do not fit, a task has no finite loss, or ``k`` is out of range.
+        ValueError: the losses are no table of numbers, a task has no finite one, or ``k`` is out of range.
 
     Source:
         arXiv:2002.11887, which learned the list of this package in this way.
@@ -44,12 +45,15 @@ def learn_list(losses: Any, initial_losses: Any = None, k: int | None = None) ->
         >>> learn_list(losses, initial_losses=[1.0, 1.0]).order
         [1, 2, 0]
     """
-    table = torch.as_tensor(losses, dtype=torch.float64)
+    try:
+        table = torch.as_tensor(losses, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"losses is {losses!r:.60}; expected numbers, tasks × settings ({error}).") from error
     if table.dim() != 2 or 0 in table.shape:
         raise ValueError(f"losses has shape {tuple(table.shape)}; expected tasks × settings, at least one of each.")
     k = table.shape[1] if k is None else k
-    if not 1 <= k <= table.shape[1]:
-        raise ValueError(f"k is {k}; expected 1 to {table.shape[1]}, the number of settings in losses.")
+    if not isinstance(k, numbers.Integral) or not 1 <= k <= table.shape[1]:
+        raise ValueError(f"k is {k!r}; expected 1 to {table.shape[1]}, the number of settings in losses.")
     table = _normalized(table, initial_losses)
     best = torch.ones(table.shape[0], 1, dtype=table.dtype)
     order, mean_losses = [], []

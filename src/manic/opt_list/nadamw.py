@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -290,6 +290,8 @@ def _gradients(xs: Tensors, gs: Tensors, group: dict[str, Any]) -> Tensors:
 
 def _check(group: dict[str, Any]) -> None:
     """Raise ValueError unless every option of a group is in its range."""
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
+        raise ValueError(f"betas is {group['betas']!r}; expected a pair of numbers in [0, 1).")
     options = {**group, "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
     for names, fits, expected in (
         (("lr", "decoupled_weight_decay", "l2_weight_decay"), lambda x: 0 <= x < math.inf, "a finite number ≥ 0"),

@@ -165,8 +165,8 @@ def sweep(
         >>> result.best.idx
         1
     """
-    if workers < 0:
-        raise ValueError(f"workers is {workers}; expected a number of processes, or 0 for none.")
+    if not isinstance(workers, numbers.Integral) or workers < 0:
+        raise ValueError(f"workers is {workers!r}; expected a number of processes, or 0 for none.")
     idxs = _places(k, order)
     file = None if path is None else Path(path)
     known = {}
@@ -190,15 +190,18 @@ def sweep(
 
 
 def _places(k: int, order: Iterable[int] | None) -> list[int]:
+    if order is not None and not isinstance(order, Iterable):
+        raise TypeError(f"order is {order!r}; expected places in the list, such as learn_list(losses).order.")
     available = list(range(len(all_configs()))) if order is None else list(order)
     if not isinstance(k, numbers.Integral) or not 1 <= k <= len(available):
         raise ValueError(f"k is {k!r}; expected 1 to {len(available)}, the number of entries there are to try.")
     idxs = available[:k]
     for idx in idxs:
         config_for_idx(idx)
-    if len(set(idxs)) < k:
+    places = [int(idx) for idx in idxs]
+    if len(set(places)) < k:
         raise ValueError(f"order is {order!r}; expected every place once.")
-    return [int(idx) for idx in idxs]
+    return places
 
 
 def _run(train: Train, idxs: list[int], finished: list[Trial], workers: int, early_stopping: bool) -> Iterator[Trial]:

@@ -172,7 +172,7 @@ class Mechanic:
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
-            ValueError: a gradient is sparse, or a parameter group has ``maximize=True``.
+            ValueError: a gradient is sparse, or a parameter group has ``maximize`` or ``differentiable``.
 
         Warns:
             ScaleWarning: once for each of these.

@@ -207,7 +207,7 @@ class Updater:
         by others since the last step are noticed.
 
         Raises:
-            ValueError: a gradient is sparse, or a group has ``maximize=True``.
+            ValueError: a gradient is sparse, or a group has ``maximize`` or ``differentiable``.
         """
         self._check_open()
         self._check_restored()

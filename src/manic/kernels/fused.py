@@ -66,7 +66,7 @@ def rule_of(optimizer: Any) -> Rule | None:
         return None
     rules = set()
     for group in optimizer.param_groups:
-        if group.get("amsgrad") or group["maximize"] or group["differentiable"]:
+        if group.get("amsgrad"):  # `Updater` refuses maximize and differentiable
             return None
         numbers = [group["lr"], group["weight_decay"]]
         if kind is SGD:

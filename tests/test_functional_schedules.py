@@ -125,7 +125,7 @@ def test_loss_scaler_errors():
         LossScalerConfig(backoff_factor=1.5)
     with pytest.raises(ValueError, match="growth_interval is 0"):
         LossScalerConfig(growth_interval=0)
-    with pytest.raises(ValueError, match="growth_interval is 2.5; expected a whole number"):
+    with pytest.raises(ValueError, match=r"growth_interval is 2\.5; expected a whole number"):
         LossScalerConfig(growth_interval=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="init_scale is 'a'; expected a number between"):
         LossScalerConfig(init_scale="a")  # pyright: ignore[reportArgumentType]

@@ -165,7 +165,7 @@ def test_groups_that_change_places_or_leave_keep_their_nominal_rates(form: str, 
     optimizer.add_param_group({"params": [model.unused], "lr": 3.0})
     optimizer.param_groups.reverse()
     step(run, 3)
-    assert updater._nominal_rates == [3.0, 1.0, 16.0, 0.25]
+    assert updater._nominal.of(updater.param_groups) == [3.0, 1.0, 16.0, 0.25]
     for i in range(4, 6):
         optimizer.param_groups.pop(0)
         step(run, i)

@@ -352,7 +352,7 @@ def test_tasks_count_the_same_whatever_their_units():
         ([[]], {}, r"losses has shape \(1, 0\)"),
         ([[1.0, 2.0], [math.nan, math.inf]], {}, "Task 1 has no finite loss"),
         ([[1.0, 2.0]], {"k": 3}, "k is 3; expected 1 to 2"),
-        ([[1.0, 2.0]], {"k": 1.5}, "k is 1.5; expected 1 to 2"),
+        ([[1.0, 2.0]], {"k": 1.5}, r"k is 1\.5; expected 1 to 2"),
         ([[1.0, 2.0], [3.0]], {}, "losses is .*; expected numbers, tasks × settings"),
         ("losses", {}, "losses is 'losses'; expected numbers, tasks × settings"),
         ([[1.0, 2.0]], {"initial_losses": [1.0, 2.0]}, "a finite number for each of 1 tasks"),

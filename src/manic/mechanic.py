@@ -188,7 +188,7 @@ class Mechanic:
             self._skipped_before.copy_(self._skipped)
         config = self._config
         if config.max_scale is not None:
-            config = replace(config, max_scale=config.max_scale / self.updater._unit)
+            config = replace(config, max_scale=config.max_scale / self.updater._nominal.unit)
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
@@ -215,7 +215,9 @@ class Mechanic:
         if tune:
             self._log(h)
         if judged:
-            self._diagnosis.watch(self._steps, after, sums, self.updater._unit, self.updater.displacement.packings)
+            self._diagnosis.watch(
+                self._steps, after, sums, self.updater._nominal.unit, self.updater.displacement.packings
+            )
 
     def _seeks(self, step: int) -> bool:
         """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.

@@ -190,7 +190,7 @@ class _Mechanized(Optimizer):
             state_dict["state"].setdefault(i, {}).update(tensors)
         mechanic = self.mechanic.state_dict()
         mechanic["tuner"] = torch.stack(tuple(mechanic["tuner"].values()))
-        mechanic |= {"unit": self.updater._unit, "rates": self.updater._nominal_rates}
+        mechanic |= {"unit": self.updater._nominal.unit, "rates": self.updater._nominal.of(self.updater.param_groups)}
         mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self), "kind": self._base.__name__}
         for group in state_dict["param_groups"]:
             group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})

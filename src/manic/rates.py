@@ -34,9 +34,55 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
-def nominal(group: dict[str, Any]) -> float:
-    """The rate of a group at which the schedule's factor is 1: the initial one, or the highest of ``OneCycleLR``."""
-    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+class Nominal:
+    """The rates of an optimizer's groups at which the schedule's factor is 1, and the unit of the scale.
+
+    Args:
+        internal_lr: the rate at which the base optimizer runs where a group's is the largest; ``None``: at its own.
+
+    Attributes:
+        unit: ``internal_lr`` over the largest rate: a scale in the user's units per scale in the tuner's.
+    """
+
+    def __init__(self, internal_lr: float | None) -> None:
+        self.internal_lr = internal_lr
+        self.unit = 1.0
+        self._rates: dict[Tensor | None, float] = {}  # by the first parameter of a group
+        self._is_settled = False
+
+    def find(self, groups: Groups) -> None:
+        """Note the rates of the groups, and the unit.
+
+        Raises:
+            ValueError: no rate is a finite number above 0.
+        """
+        if self.internal_lr is not None:
+            largest = max(_nominal(group) for group in groups if group["params"])
+            unit = self.internal_lr / largest if largest > 0 else math.inf
+            if not (math.isfinite(unit) and unit > 0):
+                raise ValueError(
+                    f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
+                )
+            self.unit = unit
+        self._rates = {_first(group): _nominal(group) for group in groups}
+
+    def settle(self, groups: Groups) -> None:
+        """Look again at the first step: a scheduler built since may have set other rates. Groups may join or leave."""
+        if self._is_settled:
+            pairs = zip(self.of(groups), groups, strict=True)
+            self._rates = {_first(group): rate or _nominal(group) for rate, group in pairs}
+        elif any(float(group["lr"]) for group in groups):  # else torch has an optimizer set up its state
+            self.find(groups)
+            self._is_settled = True
+
+    def load(self, groups: Groups, unit: float, rates: list[float], settled: bool) -> None:
+        """Take up what was saved of them."""
+        self._rates = dict(zip(map(_first, groups), rates, strict=False))
+        self.unit, self._is_settled = unit, settled
+
+    def of(self, groups: Groups) -> list[float]:
+        """The rates of groups, as these are now; 0 while one is not known."""
+        return [self._rates.get(_first(group), 0.0) for group in groups]
 
 
 def factor(groups: Groups, nominal_rates: list[float], like: Tensor) -> Tensor:
@@ -81,6 +127,16 @@ def rescale(groups: Groups, scheduler: Any, scale: float) -> None:
     for owner, name in owners:
         rate = owner[name]
         owner[name] = [one * scale for one in rate] if isinstance(rate, list) else rate * scale
+
+
+def _nominal(group: dict[str, Any]) -> float:
+    """The initial rate, or the highest of ``OneCycleLR``."""
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+
+
+def _first(group: dict[str, Any]) -> Tensor | None:
+    """What a group is known by: loading and copying make new dicts of groups, and groups may change places."""
+    return next(iter(group["params"]), None)
 
 
 def _scheduler_rates(scheduler: Any) -> Iterator[tuple[dict[str, Any], str]]:

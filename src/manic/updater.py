@@ -140,11 +140,8 @@ class Updater:
         self._told: set[str] = set()  # what was warned of
         self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
-        self._internal_lr = None if internal_lr is None else float(internal_lr)
-        self._unit = 1.0  # a scale in the user's units per scale in the tuner's
-        self._nominal: dict[Tensor | None, float] = {}  # rates of the groups, by their first parameter: see `rates`
-        self._unit_is_settled = False
-        self._find_unit()
+        self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
+        self._nominal.find(self.param_groups)
         self._in_step = False
         self._restored: set[str] = set()  # what has loaded the state of another step since the last
         _Guard.stand_before(self)
@@ -169,7 +166,7 @@ class Updater:
         options = {
             "store_delta": (self.displacement.store_delta, True),
             "cpu_offload": (self.displacement.offload, False),
-            "internal_lr": (self._internal_lr, 1.0),
+            "internal_lr": (self._nominal.internal_lr, 1.0),
             "nonfinite": (self.nonfinite, "skip"),
         }
         changed = "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
@@ -183,7 +180,7 @@ class Updater:
     @property
     def scale(self) -> Tensor:
         """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
-        return self._next_scale * self._unit
+        return self._next_scale * self._nominal.unit
 
     def get_last_lr(self) -> list[float]:
         """The effective learning rate of each parameter group, scale × lr; reads the scale from its device."""
@@ -212,7 +209,7 @@ class Updater:
         self._check_open()
         self._check_restored()
         self._check_groups()
-        self._settle_unit()
+        self._nominal.settle(self.param_groups)
         parameters = self._parameters()
         self._to(parameters[0].device)
         self._parameter_count, self._gradient = len(parameters), _first_gradient(parameters)
@@ -293,7 +290,7 @@ class Updater:
             before = self.displacement.begin() if one_pass is None else None
         try:
             with (
-                self._rates_times(self._unit),
+                self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
                 _held_step_hooks(self.base_optimizer, "post"),  # they would see an unscaled step
             ):
@@ -442,7 +439,7 @@ class Updater:
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
         self._check_open()
-        scale = float(self._scale) * self._unit
+        scale = float(self._scale) * self._nominal.unit
         if not scale > 0:
             raise RuntimeError(
                 f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
@@ -497,8 +494,8 @@ class Updater:
             "base_optimizer": base_optimizer,
             "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
             "scale": self._scale.clone(),
-            "unit": self._unit,
-            "nominal_rates": list(self._nominal_rates),
+            "unit": self._nominal.unit,
+            "nominal_rates": self._nominal.of(self.param_groups),
             "steps": self._count(),
             "displacement": self.displacement.state(self._parameters(), self._scale),
             "dtypes": dtypes(self.base_optimizer),
@@ -561,25 +558,20 @@ class Updater:
         displacement: dict[int, dict[str, Tensor]],
     ) -> None:
         """Take up a saved scale (in the tuner's units), `unit`, nominal rates, number of steps, and displacement."""
-        self._nominal = dict(zip(map(_first, self.param_groups), nominal_rates, strict=False))
         if steps != self._count():
             self._restored.add("Updater")
         self._steps = steps
         self._taken.fill_(steps)
-        self._unit, self._unit_is_settled = unit, bool(displacement)  # Accelerate saves and loads before the first step
+        settled = bool(displacement)  # Accelerate saves and loads before the first step
+        self._nominal.load(self.param_groups, unit, nominal_rates, settled)
         self._start(scale)
         self._pending = False
         self.displacement.load_state(displacement, self._parameters())
 
     @property
-    def _nominal_rates(self) -> list[float]:
-        """Of the groups, as they are now; 0 while it is not known."""
-        return [self._nominal.get(_first(group), 0.0) for group in self.param_groups]
-
-    @property
     def _factor(self) -> Tensor:
         """The schedule's factor f, 0-d."""
-        return rates.factor(self.param_groups, self._nominal_rates, self._scale)
+        return rates.factor(self.param_groups, self._nominal.of(self.param_groups), self._scale)
 
     def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor or 1, and the number of elements; 0-d."""
@@ -629,27 +621,6 @@ class Updater:
         scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__
         optimizer = getattr(self.base_optimizer, "kind", type(self.base_optimizer).__name__)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def _find_unit(self) -> None:
-        """Note the groups' nominal learning rates; the unit is internal_lr over the largest."""
-        if self._internal_lr is not None:
-            largest = max(rates.nominal(group) for group in self.param_groups if group["params"])
-            unit = self._internal_lr / largest if largest > 0 else math.inf
-            if not (math.isfinite(unit) and unit > 0):
-                raise ValueError(
-                    f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
-                )
-            self._unit = unit
-        self._nominal = {_first(group): rates.nominal(group) for group in self.param_groups}
-
-    def _settle_unit(self) -> None:
-        """Look again at the first step: a scheduler built since may have set other rates. Groups may join or leave."""
-        if self._unit_is_settled:
-            pairs = zip(self._nominal_rates, self.param_groups, strict=True)
-            self._nominal = {_first(group): rate or rates.nominal(group) for rate, group in pairs}
-        elif any(float(group["lr"]) for group in self.param_groups):  # else torch has an optimizer set up its state
-            self._find_unit()
-            self._unit_is_settled = True
 
     def _to(self, device: torch.device) -> None:
         if self._scale.device != device:
@@ -738,11 +709,6 @@ def _held_step_hooks(optimizer: Optimizer, when: str) -> Iterator[None]:
 
 class _NotFiniteError(Exception):
     """Raised in a base step that has to be skipped."""
-
-
-def _first(group: dict[str, Any]) -> Tensor | None:
-    """What a group is known by: loading and copying make new dicts of groups, and groups may change places."""
-    return next(iter(group["params"]), None)
 
 
 def _first_gradient(parameters: list[Tensor]) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from manic import Mechanic, Updater
 
-LENGTHS, SEEDS = (300, 1000), 3
+LENGTHS, SEEDS = (300, 1000), 8
 GRID = [10 ** (k / 2) for k in range(-6, 1)]  # half-decades from 1e-3 to 1
 Groups = list[dict[str, Any]]
 
@@ -79,12 +79,14 @@ def lora(model: nn.Sequential) -> Groups:
     return [{"params": rest, "lr": 1.0}, {"params": fast, "lr": 16.0}]
 
 
-WAYS: dict[str, tuple[Callable[[nn.Sequential], Groups], bool]] = {  # and whether to unfreeze on the way
-    "all layers": (everything, False),
-    "body at a tenth of the head's rate": (slow_body, False),
-    "head only": (head_only, False),
-    "head, and the body from a third on": (head_only, True),
-    "LoRA of rank 4, B at 16 times A's rate": (lora, False),
+JOINING, AGAIN = "head, and the body from a third on", "…, where manic learns the scale again"
+WAYS: dict[str, Callable[[nn.Sequential], Groups]] = {
+    "all layers": everything,
+    "body at a tenth of the head's rate": slow_body,
+    "head only": head_only,
+    JOINING: head_only,
+    AGAIN: head_only,
+    "LoRA of rank 4, B at 16 times A's rate": lora,
 }
 
 
@@ -97,18 +99,33 @@ def losses(model: nn.Sequential, x: Tensor, y: Tensor, steps: int) -> Iterator[i
         yield step
 
 
-def stepper(groups: Groups, steps: int, lr: float | None = None, s_init: float | None = None) -> Callable[[], None]:
-    """What to call after each backward pass: AdamW at a rate with a cosine schedule, or manic around it."""
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
-    if lr is not None:
-        for group in optimizer.param_groups:
-            group["lr"] *= lr
-    schedule = CosineAnnealingLR(optimizer, steps)
-    if lr is not None:
-        return lambda: (optimizer.step(), schedule.step())[1]
-    updater = Updater(optimizer, schedule)
-    mechanic = Mechanic(updater, s_init=s_init)
-    return lambda: (mechanic.step(), updater.step())[0]
+class Trainer:
+    """AdamW with a cosine schedule at a rate, or with manic around it."""
+
+    def __init__(self, groups: Groups, steps: int, lr: float | None = None, s_init: float | None = None) -> None:
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 1.0 if lr is None else lr
+        self.schedule = CosineAnnealingLR(self.optimizer, steps)
+        self.s_init = s_init
+        self.mechanic: Mechanic | None = None
+        if lr is None:
+            self.learn()
+
+    def learn(self) -> None:
+        """Learn the scale, or learn it again."""
+        if self.mechanic is not None:
+            self.mechanic.hand_off()
+        self.mechanic = Mechanic(Updater(self.optimizer, self.schedule), s_init=self.s_init)
+
+    def step(self) -> None:
+        """Take a step along the gradients that are there."""
+        if self.mechanic is None:
+            self.optimizer.step()
+            self.schedule.step()
+        else:
+            self.mechanic.step()
+            self.mechanic.updater.step()
 
 
 def network(seed: int) -> nn.Sequential:
@@ -122,9 +139,9 @@ def pretrained(seed: int) -> nn.Sequential:
     """A network that knows the digits 0 to 4, with a new head."""
     model = network(seed)
     x, y, _, _ = digits(range(5), seed)
-    take_step = stepper(everything(model), 600)
+    trainer = Trainer(everything(model), 600)
     for _ in losses(model, x, y, 600):
-        take_step()
+        trainer.step()
     model[4] = nn.Linear(128, 5)
     return model
 
@@ -139,12 +156,13 @@ def accuracy(way: str, fresh: bool, steps: int, seed: int, lr: float | None, s_i
     model = network(seed) if fresh else copy.deepcopy(pretrained(seed))
     torch.manual_seed(seed)
     x, y, test_x, test_y = digits(range(5, 10), seed, each=20)
-    make, unfreeze = WAYS[way]
-    take_step = stepper(make(model), steps, lr, s_init)
+    trainer = Trainer(WAYS[way](model), steps, lr, s_init)
     for step in losses(model, x, y, steps):
-        take_step()
-        if unfreeze and step + 1 == steps // 3:
+        trainer.step()
+        if way in (JOINING, AGAIN) and step + 1 == steps // 3:
             model.requires_grad_(True)
+            if way == AGAIN and lr is None:
+                trainer.learn()
     with torch.no_grad():
         return 100 * float((model(test_x).argmax(1) == test_y).float().mean())
 

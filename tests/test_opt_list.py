@@ -160,6 +160,12 @@ def test_training_steps_that_are_none_are_refused(training_steps):
         config_for_idx(0).lr_factor(0, training_steps)
 
 
+@pytest.mark.parametrize("step", [-5, math.nan, "5"])
+def test_a_step_before_the_first_is_refused(step):
+    with pytest.raises(ValueError, match=f"step is {step!r}; expected the number of steps taken before this one"):
+        config_for_idx(3).lr_factor(step, 100)
+
+
 @pytest.mark.parametrize("options", PASSES.values(), ids=PASSES)
 def test_after_the_last_step_the_last_rate_stays_and_one_warning_is_given(options):
     still, moving = weight_of(), weight_of()

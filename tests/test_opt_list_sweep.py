@@ -248,6 +248,7 @@ def test_the_bar_shows_the_best(capsys):
         ({"k": 2, "order": [1, 1]}, "expected every place once"),
         ({"k": 2, "order": [1, 100]}, "idx is 100; expected a place"),
         ({"k": 2, "order": torch.tensor([1, 1])}, "expected every place once"),
+        ({"order": [3, 1]}, r"k is 10; expected 1 to 2, .*10 unless you give it"),
         ({"workers": -1}, "workers is -1; expected"),
         ({"workers": "2"}, "workers is '2'; expected"),
     ],
@@ -255,6 +256,21 @@ def test_the_bar_shows_the_best(capsys):
 def test_places_that_are_not_there_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sweep(canned, **options, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "message"),
+    [
+        (5, {}, "train is 5; expected a function of a place"),
+        (iter([0.5]), {}, "train is .*; expected a function of a place"),
+        (canned, {"order": 5}, "order is 5; expected places in the list"),
+        (canned, {"order": learn_list([[0.1, 0.2]])}, r"order is LearnedList.*such as learn_list\(losses\).order"),
+        (canned, {"order": [0.0, 1.0]}, r"order is \[0.0, 1.0\]; expected places in the list"),
+    ],
+)
+def test_a_sweep_of_something_else_is_refused(train, options, message):
+    with pytest.raises(TypeError, match=message):
+        sweep(train, 2, **options, progress=False)
 
 
 def test_a_training_without_a_loss_is_refused():

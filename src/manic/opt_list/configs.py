@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import numbers
 import operator
 from dataclasses import dataclass
 from functools import cache
@@ -49,13 +50,15 @@ class Config:
             training_steps: how long the training is, in steps, ≥ 1.
 
         Raises:
-            ValueError: ``training_steps`` is not a whole number ≥ 1.
+            ValueError: ``step`` is not a number ≥ 0, or ``training_steps`` not a whole number ≥ 1.
 
         Example:
             >>> config = config_for_idx(0)
             >>> [round(config.lr_factor(step, 100), 3) for step in (0, 70, 90, 100)]
             [1.0, 1.0, 0.339, 0.0]
         """
+        if not isinstance(step, numbers.Real) or not step >= 0:
+            raise ValueError(f"step is {step!r}; expected the number of steps taken before this one, 0 or more.")
         return lr_factor(
             step,
             check_training_steps(training_steps),

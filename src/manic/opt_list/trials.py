@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import operator
 import os
 import statistics
 import time
@@ -142,6 +143,7 @@ def sweep(
         progress: show a progress bar, if tqdm is installed.
 
     Raises:
+        TypeError: ``train`` is not a function, or ``order`` is not of whole numbers.
         ValueError: ``k``, ``order`` or ``workers`` is out of range, ``train`` reported no loss or something else, or
             the file is not one of a sweep. What ``train`` raises comes through, once the trials that run beside it have
             ended.
@@ -165,6 +167,8 @@ def sweep(
         >>> result.best.idx
         1
     """
+    if not callable(train):
+        raise TypeError(f"train is {train!r:.60}; expected a function of a place in the list, not what it returns.")
     if not isinstance(workers, numbers.Integral) or workers < 0:
         raise ValueError(f"workers is {workers!r}; expected a number of processes, or 0 for none.")
     idxs = _places(k, order)
@@ -190,18 +194,23 @@ def sweep(
 
 
 def _places(k: int, order: Iterable[int] | None) -> list[int]:
-    if order is not None and not isinstance(order, Iterable):
-        raise TypeError(f"order is {order!r}; expected places in the list, such as learn_list(losses).order.")
-    available = list(range(len(all_configs()))) if order is None else list(order)
+    try:
+        available = [operator.index(idx) for idx in (range(len(all_configs())) if order is None else order)]
+    except TypeError:
+        raise TypeError(
+            f"order is {order!r:.60}; expected places in the list, such as learn_list(losses).order."
+        ) from None
     if not isinstance(k, numbers.Integral) or not 1 <= k <= len(available):
-        raise ValueError(f"k is {k!r}; expected 1 to {len(available)}, the number of entries there are to try.")
+        raise ValueError(
+            f"k is {k!r}; expected 1 to {len(available)}, the number of entries there are to try. "
+            "It is 10 unless you give it."
+        )
     idxs = available[:k]
     for idx in idxs:
         config_for_idx(idx)
-    places = [int(idx) for idx in idxs]
-    if len(set(places)) < k:
+    if len(set(idxs)) < k:
         raise ValueError(f"order is {order!r}; expected every place once.")
-    return places
+    return idxs
 
 
 def _run(train: Train, idxs: list[int], finished: list[Trial], workers: int, early_stopping: bool) -> Iterator[Trial]:

@@ -349,6 +349,12 @@ ERRORS = [
         r"expected the AdamState",
     ),
     (lambda: AdamConfig(betas=0.9), ValueError, r"betas is 0.9; expected two numbers"),  # pyright: ignore[reportArgumentType]
+    (lambda: AdamConfig(betas=None), ValueError, r"betas is None; expected two numbers"),  # pyright: ignore[reportArgumentType]
+    (
+        lambda: functional.adam_init(W, SGDConfig),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        r"config is the class SGDConfig; expected an object of AdamConfig, as in AdamConfig\(lr=1.0\)",
+    ),
 ]
 
 
@@ -364,6 +370,16 @@ def step(grads, state_for=None):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", functional.OPTIMIZERS)
+def test_a_step_refuses_the_class_of_its_config_and_the_config_of_another(name):
+    kind, init, step = functional.OPTIMIZERS[name]
+    state = init(W, kind(lr=1))
+    other = AdamConfig() if kind is SGDConfig else SGDConfig(lr=1)
+    for config, given in ((kind, f"the class {kind.__name__}"), (other, f"of type {type(other).__name__}")):
+        with pytest.raises(TypeError, match=f"config is {given}; expected an object of {kind.__name__}"):
+            step(W, W, state, config)
 
 
 @needs_recent_compiler

@@ -62,6 +62,20 @@ def test_what_all_schedules_share(schedule):
             schedule(0.5, warmup=warmup)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("constant", {"warmup": "0.1"}, r"warmup is '0.1'; expected a share of the training, in \[0, 1\)"),
+        ("inverse_sqrt", {"warmup": None}, r"warmup is None; expected a number in \(0, 1\)"),
+        ("linear", {"final": "a"}, "final is 'a'; expected a finite number"),
+        ("cosine", {"final": None}, "final is None; expected a finite number"),
+    ],
+)
+def test_shares_that_are_no_numbers_are_refused(name, options, message):
+    with pytest.raises(TypeError, match=message):
+        getattr(schedules, name)(0.5, **options)
+
+
 def test_inverse_sqrt_needs_a_warmup():
     with pytest.raises(ValueError, match=r"warmup is 0.0; expected a number in \(0, 1\)"):
         schedules.inverse_sqrt(0.5, warmup=0.0)
@@ -129,5 +143,13 @@ def test_loss_scaler_errors():
         LossScalerConfig(growth_interval=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="init_scale is 'a'; expected a number between"):
         LossScalerConfig(init_scale="a")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"init_scale is 1e\+39; expected a number between 0 and 3\.4"):
+        LossScalerConfig(init_scale=1e39)
+    state = loss_scaler.init(LossScalerConfig())
+    for grads in ({}, {"w": None}):
+        with pytest.raises(TypeError, match=r"grads is {.*}; expected a tree of tensors. Pass zeros"):
+            loss_scaler.unscale(grads, state)
+    with pytest.raises(TypeError, match="found_inf is True; expected the 0-d tensor that unscale returned"):
+        loss_scaler.update(state, True, LossScalerConfig())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="A gradient is float16; expected float32"):
         loss_scaler.unscale([torch.ones(2, dtype=torch.float16)], loss_scaler.init(LossScalerConfig()))

@@ -32,7 +32,7 @@ class LossScalerConfig:
     """How the scale adapts; the names and defaults are those of ``torch.amp.GradScaler``.
 
     Args:
-        init_scale: the first scale, > 0.
+        init_scale: the first scale, > 0, in the range of float32.
         growth_factor: multiplies the scale after ``growth_interval`` steps in a row without an overflow, > 1.
         backoff_factor: multiplies the scale after an overflow, in (0, 1).
         growth_interval: a number of steps, ≥ 1.
@@ -48,7 +48,7 @@ class LossScalerConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("init_scale", 0, math.inf),
+            ("init_scale", 0, torch.finfo(torch.float32).max),
             ("growth_factor", 1, math.inf),
             ("backoff_factor", 0, 1),
             ("growth_interval", 0, math.inf),
@@ -92,9 +92,12 @@ def unscale(grads: Tree, state: LossScalerState) -> tuple[Tree, Tensor]:
         left out: a mechanized stepper does that by itself, of others choose the outcome with `tree_where`.
 
     Raises:
+        TypeError: a gradient is not a tensor, or there is none.
         ValueError: a gradient is float16, in which the small numbers that the scale saved would be lost again.
     """
     leaves = tree_leaves(grads)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(f"grads is {grads!r:.60}; expected a tree of tensors. Pass zeros for unused parameters.")
     if any(leaf.dtype == torch.float16 for leaf in leaves):
         raise ValueError(
             "A gradient is float16; expected float32. Keep the parameters in float32 and run the model under "
@@ -112,7 +115,12 @@ def update(state: LossScalerState, found_inf: Tensor, config: LossScalerConfig) 
         state: before.
         found_inf: of this step, 0-d bool.
         config: gives the factors and the interval.
+
+    Raises:
+        TypeError: ``found_inf`` is not a tensor.
     """
+    if not isinstance(found_inf, Tensor):
+        raise TypeError(f"found_inf is {found_inf!r}; expected the 0-d tensor that unscale returned.")
     successes = state.growth_tracker + 1
     due = successes == config.growth_interval
     wide = state.scale.to(scale_dtype(state.scale.device))  # torch multiplies in double, too

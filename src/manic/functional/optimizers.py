@@ -13,8 +13,7 @@ differentiated; give them tensors that require no gradient (``tensor.detach()``)
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from manic.functional.tree import Number, Tree, check_params, map_leaves
+from manic.functional.tree import Number, Tree, check_number, check_params, map_leaves
 from manic.kernels.plain import scale_dtype
 
 
@@ -52,7 +51,7 @@ class SGDConfig:
     def __post_init__(self) -> None:
         _check_at_least_0(lr=self.lr, weight_decay=self.weight_decay)
         _check_below_1(momentum=self.momentum)
-        _check_number("dampening", self.dampening, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        check_number("dampening", self.dampening, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         if self.nesterov and (not _on(self.momentum) or _on(self.dampening)):
             raise ValueError(
                 f"nesterov=True with momentum={self.momentum} and dampening={self.dampening}; "
@@ -69,6 +68,7 @@ class SGDState(NamedTuple):
 
 def sgd_init(params: Tree, config: SGDConfig) -> SGDState:
     """The state before the first step."""
+    _check_config(config, SGDConfig)
     return SGDState(_no_steps(params), _zeros(params) if _on(config.momentum) else ())
 
 
@@ -83,7 +83,7 @@ def sgd_step(params: Tree, grads: Tree, state: SGDState, config: SGDConfig) -> t
         >>> params
         {'w': tensor([ 0.5000, -2.0000])}
     """
-    _check_kind(state, SGDState)
+    _check_kinds(state, SGDState, config, SGDConfig)
     share = 1 - config.dampening * state.step.clamp(max=1) if _on(config.dampening) else 1.0
 
     def rule(x: Tensor, g: Tensor, *buffer: Tensor) -> tuple[Tensor, ...]:
@@ -149,6 +149,7 @@ class AdamState(NamedTuple):
 
 def adam_init(params: Tree, config: AdamConfig) -> AdamState:
     """The state of any of the three forms before the first step."""
+    _check_config(config, AdamConfig)
     return AdamState(_no_steps(params), _zeros(params), _zeros(params), _zeros(params) if config.amsgrad else ())
 
 
@@ -163,6 +164,7 @@ def adam_step(params: Tree, grads: Tree, state: AdamState, config: AdamConfig) -
         >>> params
         [tensor([ 0.7500, -2.0000])]
     """
+    _check_kinds(state, AdamState, config, AdamConfig)
     return _adam(params, grads, state, config, l2=config.weight_decay, decay=0.0)
 
 
@@ -176,6 +178,7 @@ def adamw_step(params: Tree, grads: Tree, state: AdamState, config: AdamConfig) 
         >>> adamw_step(params, torch.zeros(2), adam_init(params, config), config)[0]
         tensor([ 0.7500, -1.5000])
     """
+    _check_kinds(state, AdamState, config, AdamConfig)
     decay = config.lr * config.weight_decay if _on(config.weight_decay) else 0.0
     return _adam(params, grads, state, config, l2=0.0, decay=decay)
 
@@ -192,13 +195,13 @@ def adam_decoupled_step(params: Tree, grads: Tree, state: AdamState, config: Ada
         >>> adam_decoupled_step(params, torch.zeros(2), adam_init(params, config), config)[0]
         tensor([ 0.5000, -1.0000])
     """
+    _check_kinds(state, AdamState, config, AdamConfig)
     return _adam(params, grads, state, config, l2=0.0, decay=config.weight_decay)
 
 
 def _adam(
     params: Tree, grads: Tree, state: AdamState, config: AdamConfig, *, l2: Number, decay: Number
 ) -> tuple[Tree, AdamState]:
-    _check_kind(state, AdamState)
     beta1, beta2 = config.betas
     step = state.step + 1
     step_size = config.lr / (1 - beta1**step)
@@ -243,7 +246,7 @@ class LARSConfig:
     def __post_init__(self) -> None:
         _check_at_least_0(lr=self.lr, weight_decay=self.weight_decay)
         _check_below_1(momentum=self.momentum)
-        _check_number("trust_coefficient", self.trust_coefficient, "a number > 0", lambda x: x > 0)
+        check_number("trust_coefficient", self.trust_coefficient, "a number > 0", lambda x: x > 0)
 
 
 class LARSState(NamedTuple):
@@ -271,7 +274,7 @@ def lars_step(params: Tree, grads: Tree, state: LARSState, config: LARSConfig) -
         >>> lars_step(params, torch.tensor([0.0, 0.1]), lars_init(params, config), config)[0]  # moves by η‖x‖
         tensor([3.0000, 1.5000])
     """
-    _check_kind(state, LARSState)
+    _check_kinds(state, LARSState, config, LARSConfig)
 
     def rule(x: Tensor, g: Tensor, buffer: Tensor) -> tuple[Tensor, ...]:
         norm = torch.linalg.vector_norm(x)
@@ -333,7 +336,7 @@ def nadamw_step(params: Tree, grads: Tree, state: AdamState, config: NAdamWConfi
         >>> nadamw_step(params, torch.tensor([4.0, 0.0]), nadamw_init(params, config), config)[0]
         tensor([ 0.7500, -2.0000])
     """
-    _check_kind(state, AdamState)
+    _check_kinds(state, AdamState, config, NAdamWConfig)
     beta1, beta2 = config.betas
     step = state.step + 1
     step_size = config.lr * (1 - beta2**step).sqrt() / (1 - beta1**step)
@@ -389,38 +392,32 @@ def _on(value: Number) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
-def _check_number(name: str, value: Number, expected: str, inside: Callable[[float], bool]) -> None:
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected a number or a 0-d tensor. "
-                "To give each of many models its own, build the config inside a torch.func.vmap over it."
-            )
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; expected {expected}.")
-    elif not inside(value):
-        raise ValueError(f"{name} is {value!r}; expected {expected}.")
+def _check_config(config: Any, kind: type) -> None:
+    if not isinstance(config, kind):
+        given = f"the class {config.__name__}" if isinstance(config, type) else f"of type {type(config).__name__}"
+        raise TypeError(f"config is {given}; expected an object of {kind.__name__}, as in {kind.__name__}(lr=1.0).")
 
 
-def _check_kind(state: Any, kind: type) -> None:
-    if not isinstance(state, kind):
+def _check_kinds(state: Any, state_kind: type, config: Any, config_kind: type) -> None:
+    _check_config(config, config_kind)
+    if not isinstance(state, state_kind):
         raise TypeError(
-            f"state is of type {type(state).__name__}; expected the {kind.__name__} that the init beside this step "
-            "returned, or the last step."
+            f"state is of type {type(state).__name__}; expected the {state_kind.__name__} that the init beside this "
+            "step returned, or the last step."
         )
 
 
 def _check_at_least_0(**values: Number) -> None:
     for name, value in values.items():
-        _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
+        check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
 
 
 def _check_below_1(**values: Number) -> None:
     for name, value in values.items():
-        _check_number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        check_number(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def _check_betas(betas: tuple[Number, Number]) -> None:
-    if isinstance(betas, numbers.Real) or len(betas) != 2:
+    if not isinstance(betas, Sized) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}; expected two numbers.")
     _check_below_1(**{"betas[0]": betas[0], "betas[1]": betas[1]})

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from manic.functional.tree import Number
+from manic.functional.tree import Number, check_number
 
 
 def constant(progress: Number, *, warmup: float = 0.0) -> Tensor:
@@ -41,6 +41,7 @@ def linear(progress: Number, *, warmup: float = 0.0, final: float = 0.0) -> Tens
         >>> float(linear(0.75, final=0.5))
         0.625
     """
+    check_number("final", final, "a finite number", math.isfinite)
     ramp, rest = _warmup(progress, warmup)
     return ramp * (1 - (1 - final) * rest)
 
@@ -52,6 +53,7 @@ def cosine(progress: Number, *, warmup: float = 0.0, final: float = 0.0) -> Tens
         >>> round(float(cosine(0.5)), 12)
         0.5
     """
+    check_number("final", final, "a finite number", math.isfinite)
     ramp, rest = _warmup(progress, warmup)
     return ramp * (final + (1 - final) * (1 + torch.cos(math.pi * rest)) / 2)
 
@@ -63,18 +65,16 @@ def inverse_sqrt(progress: Number, *, warmup: float) -> Tensor:
         >>> float(inverse_sqrt(0.4, warmup=0.1))
         0.5
     """
-    if not warmup > 0:
-        raise ValueError(
-            f"warmup is {warmup!r}; expected a number in (0, 1): the decay is relative to the warmup's end."
-        )
+    expected = "a number in (0, 1): the decay is relative to the warmup's end"
+    check_number("warmup", warmup, expected, lambda x: 0 < x < 1)
     ramp, _ = _warmup(progress, warmup)
     return ramp * (warmup / torch.as_tensor(progress, dtype=ramp.dtype).clamp(warmup, 1)).sqrt()
 
 
 def _warmup(progress: Number, warmup: float) -> tuple[Tensor, Tensor]:
     """The warmup's factor, and the share of the time after the warmup that has gone."""
-    if not 0 <= warmup < 1:
-        raise ValueError(f"warmup is {warmup!r}; expected a share of the training, in [0, 1): steps / total_steps.")
+    expected = "a share of the training, in [0, 1): steps / total_steps"
+    check_number("warmup", warmup, expected, lambda x: 0 <= x < 1)
     if not isinstance(progress, Tensor):
         progress = torch.tensor(progress, dtype=torch.float64)
     progress = progress.clamp(0, 1)

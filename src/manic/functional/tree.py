@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,20 @@ def check_params(params: Tree) -> torch.device:
                 "Leave out what is not trained, and pass complex parameters as torch.view_as_real(tensor)."
             )
     return leaves[0][1].device
+
+
+def check_number(name: str, value: Number, expected: str, inside: Callable[[float], bool]) -> None:
+    """Raise TypeError or ValueError unless the argument of that name is a number inside its range, or a 0-d tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected a number or a 0-d tensor. "
+                "To give each of many models its own, build the config inside a torch.func.vmap over it."
+            )
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected {expected}.")
+    elif not inside(value):
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
 
 def _leaves(name: str, tree: Tree, spec: TreeSpec) -> list[Any]:

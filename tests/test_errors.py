@@ -407,6 +407,8 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
         (lambda: Mechanic(Updater(sgd()), log_every=None), "log_every is None; expected a whole number of steps"),
         (lambda: Updater(sgd(), store_delta="no"), "store_delta is 'no'; expected True or False"),
         (lambda: Updater(sgd(), internal_lr=True), "internal_lr is True; expected a finite number > 0, or None"),
+        (lambda: Updater(sgd(), process_group="x"), "process_group is 'x'; expected a torch.distributed.ProcessGroup"),
+        (lambda: mechanize(torch.optim.SGD, process_group=[0]), r"process_group is \[0\]; expected a torch.distr"),
         (lambda: Mechanic(Updater(sgd()), log_func=History), r"log_func is <class .*History.*such as History\(\)"),
         (
             lambda: Mechanic(Updater(sgd()), log_func="run.csv"),

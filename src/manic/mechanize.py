@@ -83,7 +83,7 @@ def mechanize(
             f"mechanize(torch.optim.SGD)(model.parameters(), lr=1.0).{options}"
         )
     check_kind(base)
-    check_options(store_delta, cpu_offload, internal_lr, nonfinite)
+    check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
     check_logging(log_func, log_every)
     updater = {
         "store_delta": store_delta,

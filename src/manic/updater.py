@@ -111,7 +111,7 @@ class Updater:
                 "Call its step() and leave out Updater and Mechanic."
             )
         check_kind(type(base))
-        check_options(store_delta, cpu_offload, internal_lr, nonfinite)
+        check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
         steps = getattr(lr_scheduler, "step", None)
         if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(steps)):
             raise TypeError(
@@ -724,7 +724,9 @@ def _epoch_of(schedule: Any) -> Any:
     return getattr(schedule, "last_epoch", None)
 
 
-def check_options(store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str) -> None:
+def check_options(
+    store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str, process_group: Any
+) -> None:
     """Raise TypeError or ValueError unless `Updater` can take these."""
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
@@ -735,6 +737,11 @@ def check_options(store_delta: bool, cpu_offload: bool, internal_lr: float | Non
         raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
     if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
         raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group is {process_group!r:.60}; expected a torch.distributed.ProcessGroup, such as "
+            "device_mesh.get_group(), or None."
+        )
 
 
 def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:

@@ -304,6 +304,8 @@ def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
     mechanic = Mechanic(updater)
     step(2)
     mechanic.hand_off()
+    assert not base._optimizer_step_pre_hooks
+    assert not copy.deepcopy(updater).base_optimizer._optimizer_step_pre_hooks
     before = flat(model)
     base.step()
     assert not torch.equal(flat(model), before)

@@ -159,7 +159,8 @@ class Updater:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _Guard.stand_before(self)  # copies of optimizers have no hooks
+        if not self._handed_off:
+            _Guard.stand_before(self)  # copies of optimizers have no hooks
 
     def __repr__(self) -> str:
         kinds = ", ".join(kind for kind in self._kinds().values() if kind is not None)
@@ -466,6 +467,7 @@ class Updater:
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
+        _Guard.leave(self.base_optimizer)
         self._handed_off = True
         return self.base_optimizer, self.lr_scheduler
 
@@ -766,16 +768,19 @@ class _Guard:
 
     @classmethod
     def stand_before(cls, updater: Updater) -> None:
-        hooks = getattr(updater.base_optimizer, "_optimizer_step_pre_hooks", None)
-        if hooks is None:  # not an optimizer of torch's
-            return
+        cls.leave(updater.base_optimizer)
+        if hasattr(updater.base_optimizer, "_optimizer_step_pre_hooks"):  # an optimizer of torch's
+            updater.base_optimizer.register_step_pre_hook(cls(updater))
+
+    @classmethod
+    def leave(cls, optimizer: Optimizer) -> None:
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, cls)]:
             del hooks[key]
-        updater.base_optimizer.register_step_pre_hook(cls(updater))
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         updater = self._updater()
-        if updater is None or updater._in_step or updater._handed_off:
+        if updater is None or updater._in_step:
             return
         if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
             raise RuntimeError(

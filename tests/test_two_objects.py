@@ -28,7 +28,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from manic import Mechanic, Updater
-from manic.tuner import RESCALED
+from manic.tuner import RESCALED, TunerConfig
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -889,6 +889,15 @@ def test_max_scale_is_in_units_of_the_lr_given() -> None:
     mechanic = Mechanic(updater, s_init=1e-3, max_scale=0.2)
     train(model, updater, mechanic, range(60))
     assert float(mechanic.scale) == pytest.approx(0.2, rel=1e-12)
+
+
+def test_the_options_are_checked_in_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=4.0))
+    mechanic = Mechanic(updater, max_scale=0.2)
+    train(model, updater, mechanic, range(1))  # the unit of the scale is settled
+    monkeypatch.setattr(TunerConfig, "__post_init__", lambda _: pytest.fail("checked again"))
+    train(model, updater, mechanic, range(1, 3))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -186,9 +186,7 @@ class Mechanic:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
-        config = self._config
-        if config.max_scale is not None:
-            config = replace(config, max_scale=config.max_scale / self.updater._nominal.unit)
+        config = _in_unit(self._config, self.updater._nominal.unit)
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
@@ -352,6 +350,12 @@ def check_logging(log_func: Any, log_every: int) -> None:
         raise ValueError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
     if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
         raise TypeError(f"log_func is {log_func!r}; expected a function of one dict, or an object such as History().")
+
+
+@lru_cache
+def _in_unit(config: TunerConfig, unit: float) -> TunerConfig:
+    """The config with its largest scale in the tuner's units."""
+    return config if config.max_scale is None else replace(config, max_scale=config.max_scale / unit)
 
 
 def _is_captured(tensor: Tensor) -> bool:

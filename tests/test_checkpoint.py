@@ -313,22 +313,23 @@ def test_a_state_with_an_entry_of_another_type_is_refused_whole(part: str, entry
     assert_same_bits(run.state_dict(), before)
 
 
-def test_a_run_that_is_loaded_by_the_updater_only() -> None:
-    """After step 243 the scale would stay where a new Mechanic starts."""
+@pytest.mark.parametrize(("first", "second"), [("updater", "mechanic"), ("mechanic", "updater")])
+def test_a_run_that_is_loaded_by_one_of_the_two_only(first: str, second: str) -> None:
+    """After step 243 the scale would stay where a new Mechanic starts, and be learned once more with a new Updater."""
     run = Run("two objects", "adamw", "none", True)
     run.train(0, N)
     state = copy.deepcopy(run.state_dict())
     other = Run("two objects", "adamw", "none", True, seed=3)
     other.model.load_state_dict(state["model"])
-    other.parts["updater"].load_state_dict(state["updater"])
+    other.parts[first].load_state_dict(state[first])
     backward(other.model, N)
-    with pytest.raises(RuntimeError, match=r"state of another step.*Call mechanic\.load_state_dict\(\) too"):
+    with pytest.raises(RuntimeError, match=rf"state of another step.*Call {second}\.load_state_dict\(\) too"):
         other.parts["mechanic"].step()
-    other.parts["mechanic"].load_state_dict(state["mechanic"])
+    other.parts[second].load_state_dict(state[second])
     for one in (run, other):
         one.train(N, N + 10)
     assert torch.equal(flat(other.model), flat(run.model))
-    other.parts["updater"].load_state_dict(other.parts["updater"].state_dict())  # of this very step: changes nothing
+    other.parts[first].load_state_dict(other.parts[first].state_dict())  # of this very step: changes nothing
     other.train(N + 10, N + 11)
 
 

@@ -283,7 +283,7 @@ class Mechanic:
         scales = self._state.scales
         state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._configure(config)
-        self.updater._restored.add("Mechanic")
+        self.updater._note_load("Mechanic", state_dict["steps"] != self._steps - self.updater._pending)
         self._steps = state_dict["steps"]
         self._diagnosis = Diagnosis()
         for skipped in (self._skipped, self._skipped_before):

@@ -143,7 +143,7 @@ class Updater:
         self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
         self._nominal.find(self.param_groups)
         self._in_step = False
-        self._restored: set[str] = set()  # what has loaded the state of another step since the last
+        self._restored: dict[str, bool] = {}  # what has loaded a state since the last step: that of another one?
         _Guard.stand_before(self)
         self._parameter_count = 0
         self._steps = self._skipped = 0  # taken, as far as the host knows, and skipped since
@@ -560,8 +560,7 @@ class Updater:
         displacement: dict[int, dict[str, Tensor]],
     ) -> None:
         """Take up a saved scale (in the tuner's units), `unit`, nominal rates, number of steps, and displacement."""
-        if steps != self._count():
-            self._restored.add("Updater")
+        self._note_load("Updater", steps != self._count())
         self._steps = steps
         self._taken.fill_(steps)
         settled = bool(displacement)  # Accelerate saves and loads before the first step
@@ -609,15 +608,21 @@ class Updater:
         if not self._parameters():
             raise ValueError("The optimizer has no parameters; expected at least one.")
 
+    def _note_load(self, part: str, moved: bool) -> None:
+        """Note that a part has loaded a state, and whether it is of another step than the part was at."""
+        self._restored[part] = moved or self._restored.get(part, False)
+
     def _check_restored(self) -> None:
-        """Raise RuntimeError if the `Updater` goes on from another step alone: no scale would be learned."""
-        if self._restored == {"Updater"}:
+        """Raise RuntimeError if one of the two goes on from another step alone."""
+        if len(self._restored) == 1 and any(self._restored.values()):
+            (part,) = self._restored
+            other = "Mechanic" if part == "Updater" else "Updater"
             raise RuntimeError(
-                "The Updater has loaded the state of another step, and the Mechanic has not; expected both. Call "
-                "mechanic.load_state_dict() too. To learn the scale anew, then call mechanic.hand_off(), and "
+                f"The {part} has loaded the state of another step, and the {other} has not; expected both. Call "
+                f"{other.lower()}.load_state_dict() too. To learn the scale anew, then call mechanic.hand_off(), and "
                 "build a new Updater and Mechanic."
             )
-        self._restored = set()
+        self._restored = {}
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.lr_scheduler is None else type(self.lr_scheduler).__name__

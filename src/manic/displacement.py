@@ -403,7 +403,7 @@ class Displacement:
 
     Attributes:
         slots: what is kept of each parameter.
-        joined: whether the last `refresh` saw a parameter for the first time.
+        joined: the elements of parameters that the last `refresh` saw for the first time.
         packings: how often other parameters took part than before.
         rescaled: α.
         eps: ε, added to the scale that a recomputed Δ is divided by.
@@ -416,7 +416,7 @@ class Displacement:
         self.rescaled: float = 1.0
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined: bool = False
+        self.joined: int = 0
         self.packings: int = 0
         self._reduction: Reduction | None = None
         self._active: list[Slot] = []  # of the parameters that take part
@@ -440,7 +440,7 @@ class Displacement:
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        lost = self.joined = touched = False
+        self.joined, lost, touched = 0, False, False
         active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
@@ -450,7 +450,7 @@ class Displacement:
                 continue
             if slot is None:
                 slot = self.slots[parameter] = self._slot(parameter)
-                self.joined = True
+                self.joined += parameter.numel()
             elif changed or slot.away or slot.is_changed():
                 lost |= slot.keep_change(self.rescaled * scale, self.rescaled)
                 touched = True
@@ -476,7 +476,7 @@ class Displacement:
         if any(slot.is_changed() for slot in self._active):
             joined = self.joined
             self.refresh(parameters, scale)
-            self.joined |= joined
+            self.joined += joined
 
     def sums(self, scale: Tensor, *, complete: bool = True) -> Sums:
         """The four sums over the parameters that take part, on all ranks that they are spread over.

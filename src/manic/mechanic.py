@@ -163,7 +163,8 @@ class Mechanic:
         again before ``updater.step()``, it replaces what it computed first.
 
         At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
-        stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph.
+        stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph. It also warns if
+        more parameters join than the scale was learned of.
 
         Args:
             tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
@@ -191,6 +192,10 @@ class Mechanic:
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
         learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
+        displacement = self.updater.displacement
+        if displacement.joined and learning is False:
+            others = sum(parameter.numel() for parameter in displacement.slots) - displacement.joined
+            self._diagnosis.see_joined(step, displacement.joined, others)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number

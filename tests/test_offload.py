@@ -180,6 +180,16 @@ def test_bytes_over_the_bus(dtype: torch.dtype, size: int, store_delta: bool, bu
     assert max(tensor.numel() for tensor in bus.fetched) <= BLOCK
 
 
+def test_the_first_sizes_are_found_block_by_block(bus: Bus) -> None:
+    run = Run("two objects", cpu_offload=True)
+    run.train(0, 1)
+    bus.used = True
+    run.updater._first_sizes()
+    sizes = [tensor.numel() for tensor in bus.fetched]
+    assert sum(sizes) == sum(p.numel() for p in run.model.parameters())
+    assert max(sizes) <= BLOCK
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(

@@ -295,6 +295,11 @@ def test_a_load_that_fails_on_the_way_leaves_all_as_it_was(form: str, when: str)
         ("updater", {"unit": None}),
         ("updater", {"steps": "5"}),
         ("updater", {"nominal_rates": 1.0}),
+        ("updater", {"nominal_rates": []}),
+        ("updater", {"nominal_rates": [None]}),
+        ("updater", {"base_optimizer": None}),
+        ("updater", {"kinds": None}),
+        ("updater", {"dtypes": None}),
         ("mechanic", {"scale": "x"}),
         ("mechanic", {"skipped": 3}),
         ("mechanic", {"steps": 1.5}),
@@ -464,6 +469,10 @@ def test_refused_states() -> None:
     broken = drop_in.state_dict()
     broken["param_groups"][0]["mechanic_tuner"] = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+        drop_in.load_state_dict(broken)
+    broken = drop_in.state_dict()
+    broken["param_groups"][0]["mechanic_rates"] = []
+    with pytest.raises(ValueError, match="expected one number for each of the 1 parameter groups"):
         drop_in.load_state_dict(broken)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,15 @@ def check_entries(state_dict: dict[str, Any], kind: str, types: dict[str, Any]) 
                 f"The {kind} state dict has {name}={value!r:.60}; expected a {'0-d ' * (expected is Tensor)}"
                 f"{expected.__name__}. Load what {kind}.state_dict() returned, as it was saved."
             )
+
+
+def check_rates(rates: list[float], groups: list[Any], kind: str) -> None:
+    """Raise ValueError unless there is a nominal rate for each group."""
+    if len(rates) != len(groups) or not all(isinstance(rate, numbers.Real) for rate in rates):
+        raise ValueError(
+            f"The {kind} state dict has nominal_rates={rates!r:.60}; expected one number for each of the "
+            f"{len(groups)} parameter groups. Load what {kind}.state_dict() returned, as it was saved."
+        )
 
 
 @contextmanager

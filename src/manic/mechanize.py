@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch.optim import Optimizer
 
-from manic.checkpoint import check_entries, check_version, copied, dtypes, keep_dtypes, undone_on_error
+from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic, check_logging
 from manic.tuner import BETAS, TunerConfig, TunerState
@@ -226,6 +226,7 @@ class _Mechanized(Optimizer):
                 f"{self._base.__name__}. Build the optimizer as it was when saved."
             )
         check_entries(mechanic, "optimizer", {"unit": numbers.Real, "rates": list, "taken": numbers.Integral})
+        check_rates(mechanic["rates"], groups, "optimizer")
         mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
         self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

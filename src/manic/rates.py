@@ -77,7 +77,7 @@ class Nominal:
 
     def load(self, groups: Groups, unit: float, rates: list[float], settled: bool) -> None:
         """Take up what was saved of them."""
-        self._rates = dict(zip(map(_first, groups), rates, strict=False))
+        self._rates = dict(zip(map(_first, groups), rates, strict=True))
         self.unit, self._is_settled = unit, settled
 
     def of(self, groups: Groups) -> list[float]:

@@ -21,6 +21,7 @@ from manic import rates
 from manic.checkpoint import (
     STATE_VERSION,
     check_entries,
+    check_rates,
     check_version,
     copied,
     dtypes,
@@ -517,14 +518,15 @@ class Updater:
             "steps": numbers.Integral,
             "displacement": dict,
         }
-        check_version(state_dict, "Updater", ("kinds", "base_optimizer", "lr_scheduler", "dtypes", *tuning))
+        types = {"kinds": dict, "base_optimizer": dict, "dtypes": list, **tuning}
+        check_version(state_dict, "Updater", ("lr_scheduler", *types))
+        check_entries(state_dict, "Updater", types)
         for part, kind in self._kinds().items():
             if kind != state_dict["kinds"][part]:
                 raise ValueError(
                     f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
                     f"{part}={kind}. Build it as it was when saved."
                 )
-        check_entries(state_dict, "Updater", tuning)
         self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
         expected = [len(group["params"]) for group in self.param_groups]
@@ -533,6 +535,7 @@ class Updater:
                 f"The state dict is of another model: its groups have {groups} parameters, expected {expected}."
             )
         base_optimizer = state_dict["base_optimizer"]
+        check_rates(state_dict["nominal_rates"], groups, "Updater")
         with undone_on_error(self.base_optimizer):
             # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
             self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})

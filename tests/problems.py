@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Lion(torch.optim.Optimizer):
@@ -32,6 +34,18 @@ class Lion(torch.optim.Optimizer):
                 p.add_(m.lerp(p.grad, 1 - group["betas"][0]).sign_(), alpha=-group["lr"])
                 m.lerp_(p.grad, 1 - group["betas"][1])
         return loss
+
+
+class Calls(TorchDispatchMode):
+    """Counts how often each of torch's operations is called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def failing_step(optimizer: torch.optim.Optimizer, error: type[BaseException]) -> Callable[[], None]:

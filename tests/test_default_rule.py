@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from problems import OPTIMIZERS, backward, flat, loss_of, make_net, relative_difference
+from problems import OPTIMIZERS, Calls, backward, flat, loss_of, make_net, relative_difference
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, Updater, tuner
 from manic.tuner import FIRST_STAKE, LEAST_SIZE, SHARE
@@ -603,33 +601,21 @@ def error_of_a_noisy_fit(seed: int, *, held_out: bool, steps_per_epoch: float | 
         return float((model(unseen) - unseen[:, :1]).square().mean())
 
 
-class Seen(TorchDispatchMode):
-    """The names of the operations that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("steps_per_epoch", [None, 10])
 def test_no_number_is_copied_to_the_device(steps_per_epoch: float | None) -> None:
     """Which would wait for it."""
     updater = Updater(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=1.0))
     mechanic = Mechanic(updater, steps_per_epoch=steps_per_epoch)
     weight = updater._parameters()[0]
-    with Seen() as seen:
+    with Calls() as calls:
         for _ in range(250):
             weight.grad = weight.detach().clone()
             mechanic.step()
             updater.step()
-        assert {"mul.Tensor", "where.self"} <= seen.names
-        assert "lift_fresh.default" not in seen.names
+        assert {"mul.Tensor", "where.self"} <= calls.of.keys()
+        assert "lift_fresh.default" not in calls.of
         torch.tensor(1.0)
-        assert "lift_fresh.default" in seen.names
+        assert "lift_fresh.default" in calls.of
 
 
 @pytest.mark.filterwarnings("ignore::manic.ScaleWarning")  # nothing helps the held-out rows any more

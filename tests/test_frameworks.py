@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_difference
+from problems import Calls, relative_difference
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, Updater, mechanize
 
@@ -111,16 +110,6 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
     assert same(module.state_dict(), digits(2, accumulate=2)[0])
 
 
-class Reads(TorchDispatchMode):
-    """Counts the tensors that are read from their device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_lightning_logs_the_rate_in_force_of_every_group(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -156,9 +145,9 @@ def test_lightning_logs_the_rate_in_force_of_every_group(tmp_path: Path) -> None
             enable_progress_bar=False,
             enable_checkpointing=False,
         )
-        with Reads() as reads:
+        with Calls() as calls:
             trainer.fit(TwoGroups(80), batches)
-        return reads.count
+        return calls.of["_local_scalar_dense.default"]
 
     probe = Probe()
     fit([probe, example["EffectiveRates"](), LearningRateMonitor("step")], 5)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from manic.tuner import Sums, TunerState
-from manic.warn import warn
+from manic.warn import Once
 
 WINDOW = 64  # steps before a check that it looks at
 FIRST = 128  # the first check; the others are at the powers of two after it
@@ -39,7 +39,7 @@ class Diagnosis:
         self._largest: tuple[float, int] | None = None  # ‖x‖ at the checks so far, and the step
         self._pinned = False  # whether ‖g‖ was the same at every step before the last check
         self._turns = 0  # of the scale, before the last check
-        self._told: set[str] = set()
+        self._once = Once()
         self._packings = 0
 
     @staticmethod
@@ -122,9 +122,7 @@ class Diagnosis:
         self._largest, self._turns = max((norm, step), (largest, at)), turns
 
     def _tell(self, ailment: str, message: str) -> None:
-        if ailment not in self._told:
-            self._told.add(ailment)
-            warn(f"{message} See docs/troubleshooting.md.", ScaleWarning)
+        self._once.warn(ailment, f"{message} See docs/troubleshooting.md.", ScaleWarning)
 
 
 def _turns(scales: tuple[float, ...]) -> int:

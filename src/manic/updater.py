@@ -34,7 +34,7 @@ from manic.distributed import version
 from manic.kernels.compiled import outside_graphs
 from manic.kernels.plain import scale_dtype
 from manic.tuner import Sums
-from manic.warn import warn
+from manic.warn import Once, warn
 
 logger: logging.Logger = logging.getLogger("manic")
 
@@ -138,7 +138,7 @@ class Updater:
         self._restart: bool | Tensor = False
         self._gradient: tuple[int, int] | None = None  # the first one's identity and version
         self._handed_off = False
-        self._told: set[str] = set()  # what was warned of
+        self._once = Once()
         self._epoch: int | None = None  # of the schedule, as `step` left it
         self._check_groups()
         self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
@@ -216,7 +216,7 @@ class Updater:
         self._to(parameters[0].device)
         self._parameter_count, self._gradient = len(parameters), _first_gradient(parameters)
         if self.displacement.refresh(parameters, self._scale):
-            self._warn_once(
+            self._once.warn(
                 "change",
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
                 "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
@@ -275,7 +275,7 @@ class Updater:
         self._heed_scaler()
         parameters = self._parameters()
         if self._gradient != _first_gradient(parameters):
-            self._warn_once(
+            self._once.warn(
                 "gradient",
                 "The gradients were changed between mechanic.step() and updater.step(); expected the same in both. "
                 "Unscale, accumulate and clip before mechanic.step().",
@@ -387,18 +387,13 @@ class Updater:
     def _step_schedule(self, schedule: Any) -> None:
         epoch = _epoch_of(schedule)
         if None not in (epoch, self._epoch) and epoch > self._epoch:
-            self._warn_once(
+            self._once.warn(
                 "epoch",
                 f"Since the last updater.step() the schedule went from step {self._epoch} to {epoch}. "
                 "updater.step() steps it: leave out lr_scheduler.step(), or do not give it to Updater.",
             )
         schedule.step()
         self._epoch = _epoch_of(schedule)
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warn(message)
 
     @torch.no_grad()
     def init_state(self) -> None:

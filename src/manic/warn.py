@@ -12,3 +12,16 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("manic", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+class Once:
+    """Warns of each thing once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn(self, what: str, message: str, category: type[Warning] = UserWarning) -> None:
+        """`warn`, unless it was called with the same ``what`` before."""
+        if what not in self._told:
+            self._told.add(what)
+            warn(message, category)

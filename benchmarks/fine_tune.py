@@ -79,13 +79,12 @@ def lora(model: nn.Sequential) -> Groups:
     return [{"params": rest, "lr": 1.0}, {"params": fast, "lr": 16.0}]
 
 
-JOINING, AGAIN = "head, and the body from a third on", "…, where manic learns the scale again"
+JOINING = "head, and the body from a third on"
 WAYS: dict[str, Callable[[nn.Sequential], Groups]] = {
     "all layers": everything,
     "body at a tenth of the head's rate": slow_body,
     "head only": head_only,
     JOINING: head_only,
-    AGAIN: head_only,
     "LoRA of rank 4, B at 16 times A's rate": lora,
 }
 
@@ -107,16 +106,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] *= 1.0 if lr is None else lr
         self.schedule = CosineAnnealingLR(self.optimizer, steps)
-        self.s_init = s_init
-        self.mechanic: Mechanic | None = None
-        if lr is None:
-            self.learn()
-
-    def learn(self) -> None:
-        """Learn the scale, or learn it again."""
-        if self.mechanic is not None:
-            self.mechanic.hand_off()
-        self.mechanic = Mechanic(Updater(self.optimizer, self.schedule), s_init=self.s_init)
+        self.mechanic = None if lr else Mechanic(Updater(self.optimizer, self.schedule), s_init=s_init)
 
     def step(self) -> None:
         """Take a step along the gradients that are there."""
@@ -159,10 +149,8 @@ def accuracy(way: str, fresh: bool, steps: int, seed: int, lr: float | None, s_i
     trainer = Trainer(WAYS[way](model), steps, lr, s_init)
     for step in losses(model, x, y, steps):
         trainer.step()
-        if way in (JOINING, AGAIN) and step + 1 == steps // 3:
+        if way == JOINING and step + 1 == steps // 3:
             model.requires_grad_(True)
-            if way == AGAIN and lr is None:
-                trainer.learn()
     with torch.no_grad():
         return 100 * float((model(test_x).argmax(1) == test_y).float().mean())
 

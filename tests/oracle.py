@@ -33,7 +33,8 @@ class Oracle:
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
-        self.steps = 0
+        self.in_force = sum(self.s)
+        self.steps = self.since = 0
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
         self.v = [0.0] * n
@@ -41,9 +42,19 @@ class Oracle:
         self.premium = 1.0
         self.late: list[tuple[float, float]] = []
 
+    def join(self, count: int) -> None:
+        """More elements take part from the coming step on; their values come with it."""
+        before = len(self.delta)
+        self.delta, self.since, self.late = self.delta + [0.0] * count, self.steps, []
+        self.s = [math.sqrt(before / len(self.delta)) * s / self.premium for s in self.s]
+        wealth = (self.s_init or 0.0) * self.m[0] / len(self.betas) + self.r[0]
+        left = self.s[0] * math.sqrt(self.v[0]) / wealth if wealth > 0 else 1.0
+        self.r, self.s_init = [left * r for r in self.r], self.s_init and left * self.s_init
+        self.noise = self.last = 0.0
+        self.premium = 1.0
+
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
-        scale = sum(self.s)
         if g is not None:
             self._tune(x, g, factor)
         if self.s_init is None:
@@ -54,10 +65,10 @@ class Oracle:
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
-        late = self.steps - self.learns
-        if self.steps in (1, 3, 9, 27, 81) or (late >= 0 and late % 9 == 0):
+        late = self.steps - self.since - self.learns
+        if self.steps - self.since in (1, 3, 9, 27, 81) or (late >= 0 and late % 9 == 0):
             self.delta = [0.0] * len(x)
-        change = (sum(self.s) - scale) / 2
+        change, self.in_force = (sum(self.s) - self.in_force) / 2, sum(self.s)
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
 
     def _tune(self, x: list[float], g: list[float], factor: float) -> None:
@@ -68,7 +79,7 @@ class Oracle:
             direction = [xi / (norm_x + self.eps) for xi in x]
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
-        if self.rule == "manic" and self.steps >= self.learns:  # before this step
+        if self.rule == "manic" and self.steps - self.since >= self.learns:  # before this step
             before, self.peak, self.top = self.peak, max(self.peak, factor), max(self.top, factor)
             fall, last, self.last = before / self.peak, self.last, h / self.peak
             self.late.append((h, factor))

@@ -108,24 +108,6 @@ def test_a_body_that_is_unfrozen_is_no_growth() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(("head", "at", "warns"), [(2, 244, True), (2, 243, False), (20, 244, False)])
-def test_layers_that_join_when_the_scale_is_learned_no_more(head: int, at: int, warns: bool) -> None:
-    """If they are larger than the rest."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, head))
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(1, 250):
-            model[0].requires_grad_(step >= at)
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            (model(x) - x[:, :1]).square().mean().backward()
-            optimizer.step()
-    messages = [str(warning.message) for warning in caught if issubclass(warning.category, ScaleWarning)]
-    expected = "At step 244 parameters with 20 elements join others with 10, of which the scale was learned"
-    assert [message.startswith(expected) for message in messages] == [True] * warns
-
-
 def test_a_ceiling_keeps_it_from_running_away() -> None:
     assert not messages(lambda x, step: 1 + noise(step) / 4, max_scale=1e-3)
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Oracle
 from problems import backward, make_net, relative_difference
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from manic import Mechanic, Updater, mechanize
-from manic.tuner import RESCALED
+from manic.tuner import BETAS, RESCALED
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "constant": lambda optimizer: None,
@@ -90,24 +91,24 @@ def test_layers_unfrozen_one_by_one(form: str, layers_join: str) -> None:
     Half of its first update is in the reference then, and half in the displacement.
     """
     model = make_net()
-    layers: dict[str, Any] = {"gain": model.gain, "out": model.out, "hidden": model.hidden}
-    joins = {"gain": 0, "out": 40, "hidden": 70}
+    layers: dict[str, Any] = {"hidden": model.hidden, "out": model.out, "gain": model.gain}
+    joins = {"hidden": 0, "out": 40, "gain": 70}
     named = {name: [part] if isinstance(part, Tensor) else list(part.parameters()) for name, part in layers.items()}
-    for name in ("out", "hidden"):
+    for name in ("out", "gain"):
         layers[name].requires_grad_(False)
-    first = list(model.parameters()) if layers_join == "requires_grad" else named["gain"]
+    first = list(model.parameters()) if layers_join == "requires_grad" else named["hidden"]
     step, updater, optimizer = steps(form, [{"params": first}])
     references: dict[str, list[Tensor]] = {}
     for i in range(160):
         if i == 30:  # while it is frozen
             with torch.no_grad():
-                model.hidden.weight.mul_(0.5)
+                model.out.weight.mul_(0.5)
         for name, at in joins.items():
             if i != at:
                 continue
             references[name] = [p.detach().clone() for p in named[name]]
             layers[name].requires_grad_(True)
-            if layers_join == "add_param_group" and name != "gain":
+            if layers_join == "add_param_group" and name != "hidden":
                 optimizer.add_param_group({"params": named[name]})
         frozen = {name: [p.detach().clone() for p in named[name]] for name, at in joins.items() if i < at}
         backward(model, i)
@@ -124,7 +125,111 @@ def test_layers_unfrozen_one_by_one(form: str, layers_join: str) -> None:
     for name, before in references.items():
         for p, old in zip(named[name], before, strict=True):
             assert not torch.equal(p.detach(), old)
-    assert relative_difference(model.hidden.weight.detach(), references["hidden"][0]) > 1e-3
+    assert relative_difference(model.out.weight.detach(), references["out"][0]) > 1e-3
+
+
+def shaken(parameters: list[Tensor], step: int) -> None:
+    """Gradients of a bowl, its middle at ones, with noise that leaves the tuner in doubt."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        noise = torch.randn(len(parameter), generator=generator, dtype=torch.float64)
+        steep = torch.linspace(0.1, 1, len(parameter), dtype=torch.float64)
+        gradient = (steep * (parameter.detach() - 1) + 0.3 * noise).to(parameter)
+        parameter.grad = gradient if parameter.requires_grad else None
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("at", [2, 100, 310])
+def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule: str, store_delta: bool) -> None:
+    """As in an oracle in plain floats."""
+
+    def bowls() -> tuple[list[nn.Parameter], torch.optim.Optimizer, Any]:
+        head, body = (nn.Parameter(torch.zeros(count, dtype=torch.float64)) for count in (4, 12))
+        base = torch.optim.SGD([head, body.requires_grad_(False)], lr=1.0, momentum=0.9)
+        return [head, body], base, SCHEDULES[schedule](base)
+
+    ours, base, scheduler = bowls()
+    updater = Updater(base, scheduler, store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    plain, other, other_schedule = bowls()
+    oracle = Oracle([0.0] * 4, "manic", betas=list(BETAS), lam=0.0, s_init=None, eps=0.0)
+    scales = []
+    for step in range(at + 300):
+        if step == at:
+            ours[1].requires_grad_(True)
+            plain[1].requires_grad_(True)
+            oracle.join(12)
+        shaken(ours, step)
+        mechanic.step()
+        updater.step()
+        scales.append(float(mechanic.scale))
+
+        shaken(plain, step)
+        taking = [p for p in plain if p.requires_grad]
+        x, g = torch.cat(taking).detach(), torch.cat([p.grad for p in taking if p.grad is not None])
+        factor = other.param_groups[0]["lr"]
+        other.step()
+        u = torch.cat(taking).detach() - x
+        moved = oracle.step(x.tolist(), g.tolist(), u.tolist(), factor)
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(torch.tensor(moved, dtype=torch.float64), taking)
+        if other_schedule is not None:
+            other_schedule.step()
+        assert scales[-1] == pytest.approx(sum(oracle.s), rel=1e-6)
+    assert relative_difference(torch.cat(ours).detach(), torch.cat(plain).detach()) < 1e-7
+    assert float(ours[1].detach().min()) > 0.3
+    assert mechanic.learning_steps == at + 243
+    learned = [after / before - 1 for before, after in zip(scales[at:], scales[at + 1 : at + 243], strict=False)]
+    assert min(learned) < -0.01
+    assert max(learned) > 0.01
+
+
+@pytest.mark.parametrize("form", ["two objects", "drop-in"])
+def test_a_resumed_run_goes_on_learning(form: str) -> None:
+    def run(start: int, stop: int, state: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
+        head, body = (nn.Parameter(torch.zeros(count)) for count in (4, 12))
+        if form == "drop-in":
+            optimizer = mechanize(torch.optim.AdamW)([head, body], lr=1.0)
+            parts, mechanic, step = {"optimizer": optimizer}, optimizer.mechanic, optimizer.step
+        else:
+            updater = Updater(torch.optim.AdamW([head, body], lr=1.0))
+            mechanic = Mechanic(updater)
+            parts = {"updater": updater, "mechanic": mechanic}
+            step = lambda: (mechanic.step(), updater.step())  # noqa: E731
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            with torch.no_grad():
+                head.copy_(state["head"])
+                body.copy_(state["body"])
+        for i in range(start, stop):
+            body.requires_grad_(i >= 200)
+            shaken([head, body], i)
+            step()
+        weights = {"head": head.detach(), "body": body.detach()}
+        return {name: part.state_dict() for name, part in parts.items()} | weights, mechanic.learning_steps
+
+    whole, learned = run(0, 500)
+    resumed, still_learned = run(300, 500, run(0, 300)[0])
+    assert learned == still_learned == 443
+    assert float(whole["body"].min()) > 0.3
+    for name in ("head", "body"):
+        assert torch.equal(whole[name], resumed[name])
+
+
+@pytest.mark.parametrize(("count", "falls"), [(3, True), (2, False)])
+def test_a_quarter_are_many(count: int, falls: bool) -> None:
+    head, body = (nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (8, count))
+    body.requires_grad_(False)
+    updater = Updater(torch.optim.SGD([head, body], lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(300):
+        body.requires_grad_(step >= 260)
+        shaken([head, body], step)
+        mechanic.step()
+        updater.step()
+    assert mechanic.learning_steps == 243 + 260 * falls
 
 
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])

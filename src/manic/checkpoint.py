@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from manic.kernels.plain import wide
 
-STATE_VERSION = 13
+STATE_VERSION = 14
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:

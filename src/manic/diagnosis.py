@@ -28,7 +28,7 @@ class ScaleWarning(UserWarning):
 
 
 class Diagnosis:
-    """Warns, once for each ailment, of a scale that stays at its start, runs away or oscillates, and of who joins late.
+    """Warns, once for each ailment, of a scale that stays at its start, runs away or oscillates.
 
     It keeps a few 0-d tensors of the `WINDOW` steps before a check, and reads them in one transfer at the check: at
     steps 128, 256, 512, … None of it is saved; a resumed run is judged afresh.
@@ -70,15 +70,6 @@ class Diagnosis:
         rows = [(i, *row) for i, row in zip(steps, read, strict=True) if all(map(math.isfinite, row))]
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
-
-    def see_joined(self, step: int, joined: int, others: int) -> None:
-        """See how many elements join others at a step at which the scale is not learned any more."""
-        if joined > others > 0:
-            self._tell(
-                "joined",
-                f"At step {step} parameters with {joined} elements join others with {others}, of which the scale was "
-                "learned. It may be far too high for them, and is not learned any more: learn it again.",
-            )
 
     def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
         steps, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)

@@ -466,6 +466,14 @@ class Displacement:
                 bucket.forget()
         return lost
 
+    def new_share(self) -> float:
+        """The share of the elements that the last `refresh` saw for the first time; 0 where that was the first.
+
+        0 with a ``process_group``, too: a rank does not know who joins on the others.
+        """
+        total = sum(parameter.numel() for parameter in self.slots) if self.joined else 0
+        return 0.0 if self.joined == total or self.process_group is not None else self.joined / total
+
     def stay(self) -> None:
         """Have the parameters stay where they are, whatever the scale is at the next `refresh`."""
         for slot in self.slots.values():

@@ -105,6 +105,7 @@ class Mechanic:
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
+        self._since = 0  # steps taken before (14)
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
         self._skipped_before = self._skipped.clone()  # before the step that is pending
@@ -128,11 +129,12 @@ class Mechanic:
 
     @property
     def learning_steps(self) -> int:
-        """The steps that the scale is learned for: 243, or twelve epochs if these are known and less, but 81 at least.
+        """The last step that the scale is learned in: 243, or that of twelve epochs if these are known, at least 81.
 
-        ``sys.maxsize`` with a published rule, which learns for as long as a run takes.
+        So many steps later if many parameters join on the way. ``sys.maxsize`` with a published rule, which learns
+        for as long as a run takes.
         """
-        return self._config.learning_steps
+        return self._since + self._config.learning_steps
 
     @property
     def optimizer(self) -> Optimizer:
@@ -163,8 +165,10 @@ class Mechanic:
         again before ``updater.step()``, it replaces what it computed first.
 
         At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
-        stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph. It also warns if
-        more parameters join than the scale was learned of.
+        stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph.
+
+        When many parameters join on the way, unfrozen or added to the optimizer, so that a quarter of all elements or
+        more are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
             tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
@@ -188,14 +192,16 @@ class Mechanic:
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
         config = _in_unit(self._config, self.updater._nominal.unit)
+        new = self.updater.displacement.new_share()
+        if new >= tuner.MANY and config.rule == "manic":
+            for state in (self._previous, self._state):
+                torch._foreach_copy_(list(state), list(tuner.widen(state, new)))  # type: ignore
+            self._since = self.updater._count()
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
-        learning, restart = tuner.is_learning(taken + 1, config), tuner.restarts(taken + 1, config)
-        displacement = self.updater.displacement
-        if displacement.joined and learning is False:
-            others = sum(parameter.numel() for parameter in displacement.slots) - displacement.joined
-            self._diagnosis.see_joined(step, displacement.joined, others)
+        since = taken + 1 - self._since
+        learning, restart = tuner.is_learning(since, config), tuner.restarts(since, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
         factor, count = self.updater._factor, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
@@ -275,6 +281,7 @@ class Mechanic:
             "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
             "scale": self.updater._scale.clone(),  # in force: not the tuner's after a step that was skipped
             "steps": self._steps - self.updater._pending,
+            "since": self._since,
             "skipped": (self._skipped_before if self.updater._pending else self._skipped).clone(),
         }
 
@@ -289,7 +296,7 @@ class Mechanic:
         state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._configure(config)
         self.updater._note_load("Mechanic", state_dict["steps"] != self._steps - self.updater._pending)
-        self._steps = state_dict["steps"]
+        self._steps, self._since = state_dict["steps"], state_dict["since"]
         self._diagnosis = Diagnosis()
         for skipped in (self._skipped, self._skipped_before):
             skipped.copy_(state_dict["skipped"])
@@ -300,8 +307,9 @@ class Mechanic:
 
     def _check_state(self, state_dict: dict[str, Any]) -> TunerConfig:
         """The saved options; or ValueError, unless `load_state_dict` can take ``state_dict``."""
-        check_version(state_dict, "Mechanic", ("config", "tuner", "scale", "steps", "skipped"))
-        types = {"config": dict, "tuner": dict, "scale": Tensor, "steps": numbers.Integral, "skipped": Tensor}
+        whole = numbers.Integral
+        types = {"config": dict, "tuner": dict, "scale": Tensor, "steps": whole, "since": whole, "skipped": Tensor}
+        check_version(state_dict, "Mechanic", tuple(types))
         check_entries(state_dict, "Mechanic", types)
         config = TunerConfig(**state_dict["config"])
         n = len(config.betas)

@@ -25,6 +25,11 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     π_t = min((G_t/f_t)², F_t/f_t, 3) to the power of c_t   (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
+and before step t, if parameters join it with a quarter of the elements or more; from there on T, (9) and (10) to (12)
+count anew, and r and s_init are such that (6) gives this s_t::
+
+    s_t ← sqrt(N_{t-1}/N_t) s_t/π_{t-1}                     (14) in `widen`
+
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
 ======  ===============  =========  =============================================================
@@ -105,6 +110,9 @@ What each rule does that the paper as printed does not:
     of the schedule's peak at most, and falls once it is 3 times what the schedule has (12); where they are noise that
     counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that leaps to where
     nothing has been learned of it is one that plain SGD does not survive.
+  - A scale that was learned of some parameters, such as a head trained alone, can be ten times too high for others that
+    join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where a
+    step is as long as before, and is learned for T steps more (14).
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -131,6 +139,7 @@ EPOCHS = 12  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # times what the schedule has, where h is signal: the most that a rate is
+MANY = 1 / 4  # the share of the elements that have to be new for (14)
 UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place of half
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
@@ -297,6 +306,35 @@ def begin(
     fresh = (state.start == 0) & s_init.isfinite() & (grad_square > 0).unsqueeze(-1)
     start = torch.where(fresh, s_init / len(config.betas), state.start)
     return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
+
+
+def widen(state: TunerState, new: float) -> TunerState:
+    """What bets go on from when parameters join, (14).
+
+    Args:
+        state: of step t - 1.
+        new: the share of the elements of x that are new.
+
+    Example:
+        >>> state = init(TunerConfig(s_init=1e-3, betas=(0.9, 0.99)))
+        >>> round(float(widen(state, new=0.75).scales.sum()), 6)
+        0.0005
+    """
+    s, r, m, v, start, *_ = state
+    settled = math.sqrt(1 - new) * s / state.premium
+    wealth = start * m + r
+    left = torch.where(wealth > 0, settled * v.sqrt() / wealth, 1)
+    nothing = torch.zeros_like(s)
+    return state._replace(
+        scales=settled,
+        reward=left * r,
+        start=left * start,
+        power=nothing,
+        level=nothing,
+        noise=nothing,
+        premium=torch.ones_like(s),
+        last=nothing,
+    )
 
 
 def restarts(step: Any, config: TunerConfig) -> Any:

@@ -303,6 +303,7 @@ def test_a_load_that_fails_on_the_way_leaves_all_as_it_was(form: str, when: str)
         ("mechanic", {"scale": "x"}),
         ("mechanic", {"skipped": 3}),
         ("mechanic", {"steps": 1.5}),
+        ("mechanic", {"since": None}),
     ],
 )
 def test_a_state_with_an_entry_of_another_type_is_refused_whole(part: str, entry: dict[str, Any]) -> None:
@@ -466,10 +467,11 @@ def test_refused_states() -> None:
         drop_in.load_state_dict({})
     with pytest.raises(ValueError, match="of a mechanized AdamW; expected that of a mechanized SGD"):
         mechanize(torch.optim.SGD)(model.parameters(), lr=0.1).load_state_dict(drop_in.state_dict())
-    broken = drop_in.state_dict()
-    broken["param_groups"][0]["mechanic_tuner"] = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
-        drop_in.load_state_dict(broken)
+    for tuner in (torch.zeros(4, 2), 5):
+        broken = drop_in.state_dict()
+        broken["param_groups"][0]["mechanic_tuner"] = tuner
+        with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+            drop_in.load_state_dict(broken)
     broken = drop_in.state_dict()
     broken["param_groups"][0]["mechanic_rates"] = []
     with pytest.raises(ValueError, match="expected one number for each of the 1 parameter groups"):

@@ -195,6 +195,15 @@ def test_order_of_calls() -> None:
     before = flat(model)
     with pytest.raises(RuntimeError, match="without a mechanic"):
         updater.step()
+    mechanic.step()
+    for part in (updater, mechanic):  # a state that is loaded is that of a complete step
+        part.load_state_dict(part.state_dict())
+    with pytest.raises(RuntimeError, match="without a mechanic"):
+        updater.step()
+    mechanic.step()
+    mechanic.load_state_dict(mechanic.state_dict())
+    with pytest.raises(RuntimeError, match="without a mechanic"):
+        updater.step()
     assert torch.equal(flat(model), before)
     with pytest.raises(ValueError, match="This Updater has a Mechanic already"):
         Mechanic(updater)

@@ -355,6 +355,8 @@ ERRORS = [
         TypeError,
         r"config is the class SGDConfig; expected an object of AdamConfig, as in AdamConfig\(lr=1.0\)",
     ),
+    (lambda: functional.lars_init(W, HEAVY), TypeError, r"of type SGDConfig; expected an object of LARSConfig"),  # pyright: ignore[reportArgumentType]
+    (lambda: functional.nadamw_init(W, HEAVY), TypeError, r"of type SGDConfig; expected an object of NAdamWConfig"),  # pyright: ignore[reportArgumentType]
 ]
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary, ref
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
@@ -229,7 +230,8 @@ class _Mechanized(Optimizer):
             )
         check_entries(mechanic, "optimizer", {"unit": numbers.Real, "rates": list, "taken": numbers.Integral})
         check_rates(mechanic["rates"], groups, "optimizer")
-        mechanic["tuner"] = dict(zip(TunerState._fields, mechanic["tuner"], strict=False))
+        tuner = mechanic["tuner"] if isinstance(mechanic["tuner"], Tensor) else ()
+        mechanic["tuner"] = dict(zip(TunerState._fields, tuner, strict=False))
         self.mechanic._check_state(mechanic)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         places = {key: i for i, key in enumerate(keys)}

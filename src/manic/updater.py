@@ -245,6 +245,7 @@ class Updater:
 
     def _start(self, scale: Tensor) -> None:
         """Set the scale in force, which no step has led to; `Mechanic` calls this when it is made or loaded."""
+        self._pending = False
         if self.displacement.slots and not torch.equal(self._scale, scale.to(self._scale)):
             self.displacement.stay()
         self._scale.copy_(scale)
@@ -564,7 +565,6 @@ class Updater:
         settled = bool(displacement)  # Accelerate saves and loads before the first step
         self._nominal.load(self.param_groups, unit, nominal_rates, settled)
         self._start(scale)
-        self._pending = False
         self.displacement.load_state(displacement, self._parameters())
 
     @property

@@ -257,6 +257,7 @@ class LARSState(NamedTuple):
 
 def lars_init(params: Tree, config: LARSConfig) -> LARSState:
     """The state before the first step."""
+    _check_config(config, LARSConfig)
     check_params(params)
     return LARSState(_zeros(params))
 
@@ -323,6 +324,7 @@ class NAdamWConfig:
 
 def nadamw_init(params: Tree, config: NAdamWConfig) -> AdamState:
     """The state before the first step."""
+    _check_config(config, NAdamWConfig)
     return AdamState(_no_steps(params), _zeros(params), _zeros(params))
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from report import STYLES, Plan, draw_indifference, draw_profiles, report, write_pairs
-from tasks import CHEAP, TASKS
+from tasks import CHEAP, CHOOSING, REPORTED
 from tqdm import tqdm
 from train import BASE, GRIDS, METHODS, SCHEDULES, START, Job, Losses, Run, grid, missing, train
 
 QUICK = ("diabetes", "autoencoder", "new_digits", "tumours", "factors", "picture")
-ALL = tuple(TASKS)
+ALL = tuple(task.__name__ for task in CHOOSING + REPORTED)
 DECADES = range(-12, 7)  # of the learning rates in the picture of indifference
 STANDARD = Plan(ALL, tuple(GRIDS), SCHEDULES, 500, (0, 1))
 SPREAD = Plan(("residual",), ("adamw", "sgd"), ("cosine",), 500, (0, 1))

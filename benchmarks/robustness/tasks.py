@@ -394,7 +394,14 @@ def new_text() -> Task:
     )
 
 
+def deep() -> Task:
+    """Digits by a net of six hidden layers and no normalization, which starts on a plateau."""
+    hidden = lambda: [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())]  # noqa: E731
+    return Task("deep", lambda: nn.Sequential(*hidden(), nn.Linear(64, 10)), cross_entropy, *digits())
+
+
 CHOOSING = (diabetes, convolution, augmented, transformer, autoencoder, lines, new_digits)
 REPORTED = (tumours, residual, recurrent, factors, picture, new_text)
-TASKS = {function.__name__: functools.cache(function) for function in CHOOSING + REPORTED}
+APART = (deep,)  # for ideas
+TASKS = {function.__name__: functools.cache(function) for function in CHOOSING + REPORTED + APART}
 CHEAP = ("diabetes", "autoencoder", "lines", "new_digits", "tumours", "factors", "picture")

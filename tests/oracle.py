@@ -42,16 +42,18 @@ class Oracle:
         self.premium = 1.0
         self.late: list[tuple[float, float]] = []
 
-    def join(self, count: int) -> None:
+    def join(self, count: int, factor: float) -> None:
         """More elements take part from the coming step on; their values come with it."""
-        before = len(self.delta)
-        self.delta, self.since, self.late = self.delta + [0.0] * count, self.steps, []
-        self.s = [math.sqrt(before / len(self.delta)) * s / self.premium for s in self.s]
-        wealth = (self.s_init or 0.0) * self.m[0] / len(self.betas) + self.r[0]
-        left = self.s[0] * math.sqrt(self.v[0]) / wealth if wealth > 0 else 1.0
+        ratio = len(self.delta) / (len(self.delta) + count)
+        self.delta, self.since, self.late = [0.0] * (len(self.delta) + count), self.steps, []
+        was = self.s[0] if self.steps > self.learns else 0.0
+        self.s = [math.sqrt(ratio) * s / self.premium for s in self.s]
+        left = math.sqrt(ratio)
+        if was:  # else s is what the last bet left
+            left = self.s[0] * math.sqrt(self.v[0]) / (self.s_init * self.m[0] / len(self.betas) + self.r[0])
         self.r, self.s_init = [left * r for r in self.r], self.s_init and left * self.s_init
         self.noise = self.last = 0.0
-        self.premium = 1.0
+        self.premium, self.peak, self.in_force = 1.0, factor, sum(self.s)
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""

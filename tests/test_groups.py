@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from manic.tuner import BETAS, RESCALED
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "constant": lambda optimizer: None,
     "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 200),
+    "long cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 700),
     "warmup": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10),
 }
 
@@ -128,14 +130,18 @@ def test_layers_unfrozen_one_by_one(form: str, layers_join: str) -> None:
     assert relative_difference(model.out.weight.detach(), references["out"][0]) > 1e-3
 
 
-def shaken(parameters: list[Tensor], step: int) -> None:
+def shaken(parameters: list[nn.Parameter], step: int) -> None:
     """Gradients of a bowl, its middle at ones, with noise that leaves the tuner in doubt."""
     generator = torch.Generator().manual_seed(step)
     for parameter in parameters:
-        noise = torch.randn(len(parameter), generator=generator, dtype=torch.float64)
+        noise = 0.3 * torch.randn(len(parameter), generator=generator, dtype=torch.float64)
         steep = torch.linspace(0.1, 1, len(parameter), dtype=torch.float64)
-        gradient = (steep * (parameter.detach() - 1) + 0.3 * noise).to(parameter)
+        gradient = (steep * (parameter.detach() - 1) + noise).to(parameter)
         parameter.grad = gradient if parameter.requires_grad else None
+
+
+def zeros(*counts: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(count, dtype=torch.float64)) for count in counts]
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
@@ -145,7 +151,7 @@ def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule:
     """As in an oracle in plain floats."""
 
     def bowls() -> tuple[list[nn.Parameter], torch.optim.Optimizer, Any]:
-        head, body = (nn.Parameter(torch.zeros(count, dtype=torch.float64)) for count in (4, 12))
+        head, body = zeros(4, 12)
         base = torch.optim.SGD([head, body.requires_grad_(False)], lr=1.0, momentum=0.9)
         return [head, body], base, SCHEDULES[schedule](base)
 
@@ -155,11 +161,13 @@ def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule:
     plain, other, other_schedule = bowls()
     oracle = Oracle([0.0] * 4, "manic", betas=list(BETAS), lam=0.0, s_init=None, eps=0.0)
     scales = []
-    for step in range(at + 300):
+    for step in range(at + 400):
         if step == at:
+            made_up = float(mechanic.state_dict()["tuner"]["premium"][0])
+            assert (made_up > 1.1) == (at == 310 and schedule == "long cosine")
             ours[1].requires_grad_(True)
             plain[1].requires_grad_(True)
-            oracle.join(12)
+            oracle.join(12, other.param_groups[0]["lr"])
         shaken(ours, step)
         mechanic.step()
         updater.step()
@@ -188,7 +196,7 @@ def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule:
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])
 def test_a_resumed_run_goes_on_learning(form: str) -> None:
     def run(start: int, stop: int, state: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
-        head, body = (nn.Parameter(torch.zeros(count)) for count in (4, 12))
+        head, body = zeros(4, 12)
         if form == "drop-in":
             optimizer = mechanize(torch.optim.AdamW)([head, body], lr=1.0)
             parts, mechanic, step = {"optimizer": optimizer}, optimizer.mechanic, optimizer.step
@@ -211,25 +219,94 @@ def test_a_resumed_run_goes_on_learning(form: str) -> None:
         return {name: part.state_dict() for name, part in parts.items()} | weights, mechanic.learning_steps
 
     whole, learned = run(0, 500)
-    resumed, still_learned = run(300, 500, run(0, 300)[0])
-    assert learned == still_learned == 443
+    assert learned == 443
     assert float(whole["body"].min()) > 0.3
-    for name in ("head", "body"):
-        assert torch.equal(whole[name], resumed[name])
+    for at in (200, 300):
+        resumed, still_learned = run(at, 500, run(0, at)[0])
+        assert still_learned == 443
+        for name in ("head", "body"):
+            assert torch.equal(whole[name], resumed[name])
 
 
-@pytest.mark.parametrize(("count", "falls"), [(3, True), (2, False)])
-def test_a_quarter_are_many(count: int, falls: bool) -> None:
-    head, body = (nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (8, count))
-    body.requires_grad_(False)
-    updater = Updater(torch.optim.SGD([head, body], lr=1.0))
-    mechanic = Mechanic(updater)
+def learned_to(
+    counts: list[int],
+    takes_part: Callable[[int], list[bool]],
+    rates: list[float] | None = None,
+    before: Callable[[Updater, Mechanic, list[nn.Parameter], int], None] | None = None,
+    **options: Any,
+) -> tuple[int, list[float]]:
+    """The last step that the scale is learned in, and the scales, of a run of 300 steps."""
+    parameters = zeros(*counts)
+    groups = [{"params": [x], "lr": rate} for x, rate in zip(parameters, rates or [1.0] * len(counts), strict=True)]
+    group = options.pop("process_group", None)
+    updater = Updater(torch.optim.AdamW(groups), process_group=group)
+    mechanic = Mechanic(updater, **options)
+    scales = []
     for step in range(300):
-        body.requires_grad_(step >= 260)
-        shaken([head, body], step)
+        for x, trains in zip(parameters, takes_part(step), strict=True):
+            x.requires_grad_(trains)
+        shaken(parameters, step)
+        if before is not None:
+            before(updater, mechanic, parameters, step)
         mechanic.step()
         updater.step()
-    assert mechanic.learning_steps == 243 + 260 * falls
+        scales.append(float(mechanic.scale))
+    return mechanic.learning_steps, scales
+
+
+def test_a_quarter_are_many() -> None:
+    assert learned_to([9, 3], lambda step: [True, step >= 260])[0] == 243 + 260
+    assert learned_to([10, 3], lambda step: [True, step >= 260])[0] == 243
+
+
+def test_those_that_do_not_take_part_do_not_count() -> None:
+    """A body that is frozen when a new head comes; a body that is back, which the scale was learned of."""
+    learned, scales = learned_to([100, 10], lambda step: [step < 260, step >= 260])
+    assert learned == 243 + 260
+    assert scales[260] == pytest.approx(scales[259], rel=1e-6)
+    assert learned_to([10, 100], lambda step: [True, not 200 <= step < 260])[0] == 243
+
+
+def test_a_slow_group_counts_as_its_steps_do() -> None:
+    """Those of a hundred elements at a tenth of the rate are as long as those of one."""
+    assert learned_to([9, 200], lambda step: [True, step >= 260], rates=[1.0, 0.1])[0] == 243
+    learned, scales = learned_to([9, 300], lambda step: [True, step >= 260], rates=[1.0, 0.1])
+    assert learned == 243 + 260
+    assert scales[260] / scales[259] == pytest.approx((9 / 12) ** 0.5, rel=1e-6)
+
+
+def test_they_are_seen_whoever_looks_first() -> None:
+    def rebase(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
+        if step == 260:
+            updater.rebase()
+
+    def other_rows(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
+        mechanic.step(tune=False)
+        assert mechanic.learning_steps == (243 if step <= 260 else 503)  # that alone lowers nothing
+
+    for before in (rebase, other_rows):
+        assert learned_to([4, 12], lambda step: [True, step >= 260], before=before)[0] == 243 + 260
+
+
+def test_steps_that_were_skipped_do_not_count() -> None:
+    def spoil(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
+        if step in (100, 260):
+            assert parameters[0].grad is not None
+            parameters[0].grad[0] = torch.nan
+
+    learned, scales = learned_to([4, 12], lambda step: [True, step >= 260], before=spoil)
+    assert learned == 243 + 259
+    assert scales[261] < 0.8 * scales[259]
+
+
+def test_not_under_a_published_rule_and_not_where_ranks_do_not_know() -> None:
+    assert learned_to([4, 12], lambda step: [True, step >= 260], rule="mechanic_pytorch")[0] == sys.maxsize
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        assert learned_to([4, 12], lambda step: [True, step >= 260], process_group=group)[0] == 243
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])

@@ -112,7 +112,7 @@ class Slot:
             plain.keep_change(x, self.reference, self.delta, scale.to(x.device), 0.0)
 
     def restart(self) -> None:
-        """While the parameter is away: Δ starts again from zero."""
+        """Have Δ start again from zero, and the parameter stay where it is."""
         self.reference.copy_(self.x())
         if self.delta is not None:
             self.delta.zero_()
@@ -404,6 +404,7 @@ class Displacement:
     Attributes:
         slots: what is kept of each parameter.
         joined: the elements of parameters that the last `refresh` saw for the first time.
+        newcomers: the parameters that were seen for the first time since somebody last emptied this list.
         packings: how often other parameters took part than before.
         rescaled: α.
         eps: ε, added to the scale that a recomputed Δ is divided by.
@@ -417,6 +418,7 @@ class Displacement:
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
         self.joined: int = 0
+        self.newcomers: list[Tensor] = []
         self.packings: int = 0
         self._reduction: Reduction | None = None
         self._active: list[Slot] = []  # of the parameters that take part
@@ -451,6 +453,7 @@ class Displacement:
             if slot is None:
                 slot = self.slots[parameter] = self._slot(parameter)
                 self.joined += parameter.numel()
+                self.newcomers.append(parameter)
             elif changed or slot.away or slot.is_changed():
                 lost |= slot.keep_change(self.rescaled * scale, self.rescaled)
                 touched = True
@@ -465,14 +468,6 @@ class Displacement:
             for bucket in self._buckets:
                 bucket.forget()
         return lost
-
-    def new_share(self) -> float:
-        """The share of the elements that the last `refresh` saw for the first time; 0 where that was the first.
-
-        0 with a ``process_group``, too: a rank does not know who joins on the others.
-        """
-        total = sum(parameter.numel() for parameter in self.slots) if self.joined else 0
-        return 0.0 if self.joined == total or self.process_group is not None else self.joined / total
 
     def stay(self) -> None:
         """Have the parameters stay where they are, whatever the scale is at the next `refresh`."""
@@ -528,6 +523,13 @@ class Displacement:
                 "The optimizer's step put a parameter into new memory, as p.data = p.data - lr * p.grad does; expected "
                 "one that writes in place. Have it do p.data.copy_(p.data - lr * p.grad). Nothing was changed."
             )
+
+    def restart(self) -> None:
+        """Have Δ start again from zero for all parameters, which stay where they are."""
+        for slot in self.slots.values():
+            slot.restart()
+        for bucket in self._buckets:
+            bucket.forget()
 
     def restart_away(self) -> None:
         """Have Δ start again from zero for the parameters that do not take part."""
@@ -647,7 +649,7 @@ class Displacement:
 
     def load_state(self, state: dict[int, dict[str, Tensor]], parameters: list[Tensor]) -> None:
         """Take up what `state` gave. The parameters themselves may be loaded before or after."""
-        self.slots = {}
+        self.slots, self.newcomers = {}, []
         self._active, self._buckets, self._key = [], [], []
         for i, tensors in state.items():
             slot = self.slots[parameters[i]] = self._slot(parameters[i])

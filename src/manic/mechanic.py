@@ -131,8 +131,8 @@ class Mechanic:
     def learning_steps(self) -> int:
         """The last step that the scale is learned in: 243, or that of twelve epochs if these are known, at least 81.
 
-        So many steps later if many parameters join on the way. ``sys.maxsize`` with a published rule, which learns
-        for as long as a run takes.
+        If many parameters join on the way, it is as many steps after that. With a published rule, which learns for as
+        long as a run takes, ``sys.maxsize``.
         """
         return self._since + self._config.learning_steps
 
@@ -167,8 +167,8 @@ class Mechanic:
         At steps 128, 256, 512, … it reads from the device how the scale fared in the last 64 steps, and warns if it
         stays at its start, runs away or oscillates; not once a step was captured in a CUDA graph.
 
-        When many parameters join on the way, unfrozen or added to the optimizer, so that a quarter of all elements or
-        more are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
+        When many parameters join on the way, unfrozen or added to the optimizer, so that a quarter or more of the
+        elements that take part are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
             tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
@@ -184,26 +184,24 @@ class Mechanic:
         """
         step = self._steps + (not self.updater._pending)
         self._captured |= _is_captured(self._betas)
-        seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
-        sums, scale = self.updater._observe(complete=self._config.s_decay != 0 or seeks or judged)
+        scale = self.updater._observe()
         self._to(scale)
         if not self.updater._pending:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
         config = _in_unit(self._config, self.updater._nominal.unit)
-        new = self.updater.displacement.new_share()
-        if new >= tuner.MANY and config.rule == "manic":
-            for state in (self._previous, self._state):
-                torch._foreach_copy_(list(state), list(tuner.widen(state, new)))  # type: ignore
-            self._since = self.updater._count()
+        factor, count = self.updater._factor, None
+        if tune:
+            self._welcome(factor)
+        seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
+        sums = self.updater.displacement.sums(scale, complete=config.s_decay != 0 or seeks or judged)
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
         since = taken + 1 - self._since
         learning, restart = tuner.is_learning(since, config), tuner.restarts(since, config)
         tuned = one_launch(_tune) if scale.is_cuda else _tune
-        factor, count = self.updater._factor, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
@@ -227,6 +225,16 @@ class Mechanic:
             self._diagnosis.watch(
                 self._steps, after, sums, self.updater._nominal.unit, self.updater.displacement.packings
             )
+
+    def _welcome(self, factor: Tensor) -> None:
+        """(14), if many parameters have joined."""
+        new, ratio = self.updater._newcomers()
+        if new < tuner.MANY or self._config.rule != "manic":
+            return
+        for state in (self._previous, self._state):
+            torch._foreach_copy_(list(state), list(tuner.widen(state, ratio, factor)))  # type: ignore
+        self._since = self.updater._count()
+        self.updater._begin_anew(self._previous.scales.sum())
 
     def _seeks(self, step: int) -> bool:
         """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.

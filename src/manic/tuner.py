@@ -25,10 +25,10 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     π_t = min((G_t/f_t)², F_t/f_t, 3) to the power of c_t   (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
-and before step t, if parameters join it with a quarter of the elements or more; from there on T, (9) and (10) to (12)
-count anew, and r and s_init are such that (6) gives this s_t::
+and before step t, if a quarter or more of the elements that take part in it are new; r and s_init become such that (6)
+gives this s_t, F is f_t, Δ is 0, and the steps of T and (9) to (12) count from here::
 
-    s_t ← sqrt(N_{t-1}/N_t) s_t/π_{t-1}                     (14) in `widen`
+    s_t ← sqrt(min(1, N'/N)) s_t/π_{t-1}                    (14) in `widen`
 
 ======  ===============  =========  =============================================================
 letter  name             shape      meaning
@@ -53,7 +53,8 @@ u       –                as x       the update: what a step of the base optimi
 e       ``seen``         (...)      how often the rows of a step were seen before, about: t/E - 1, or 0; 1 if not
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
-N       count            number     how many elements x has
+N       count            number     how many elements x has; in (14) those that take part, each times the square of its
+                                    group's rate, and N' is that of those that are not new
 T       learning_steps   number     the steps that the tuner learns for: 243; if E is known 12E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
@@ -111,8 +112,8 @@ What each rule does that the paper as printed does not:
     counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that leaps to where
     nothing has been learned of it is one that plain SGD does not survive.
   - A scale that was learned of some parameters, such as a head trained alone, can be ten times too high for others that
-    join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where a
-    step is as long as before, and is learned for T steps more (14).
+    join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where steps
+    are about as long as before, and is learned for T steps more (14).
   - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
 """
 
@@ -308,31 +309,36 @@ def begin(
     return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
 
 
-def widen(state: TunerState, new: float) -> TunerState:
+def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:
     """What bets go on from when parameters join, (14).
 
     Args:
         state: of step t - 1.
-        new: the share of the elements of x that are new.
+        ratio: N'/N.
+        factor: f_t, of shape (...).
 
     Example:
         >>> state = init(TunerConfig(s_init=1e-3, betas=(0.9, 0.99)))
-        >>> round(float(widen(state, new=0.75).scales.sum()), 6)
+        >>> round(float(widen(state, 0.25, torch.tensor(1.0)).scales.sum()), 6)
         0.0005
     """
     s, r, m, v, start, *_ = state
-    settled = math.sqrt(1 - new) * s / state.premium
+    nothing, one = torch.zeros_like(s), torch.ones_like(s)
+    lowered = math.sqrt(ratio) / state.premium
     wealth = start * m + r
-    left = torch.where(wealth > 0, settled * v.sqrt() / wealth, 1)
-    nothing = torch.zeros_like(s)
-    return state._replace(
-        scales=settled,
+    left = lowered * torch.where((v > 0) & (wealth > 0), s * v.sqrt() / wealth, 1)
+    return TunerState(
+        scales=lowered * s,
         reward=left * r,
+        max_product=m,
+        sum_squares=v,
         start=left * start,
         power=nothing,
         level=nothing,
+        peak=one * factor.unsqueeze(-1),
+        top=nothing,
         noise=nothing,
-        premium=torch.ones_like(s),
+        premium=one,
         last=nothing,
     )
 

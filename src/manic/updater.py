@@ -33,7 +33,6 @@ from manic.displacement import Displacement
 from manic.distributed import version
 from manic.kernels.compiled import outside_graphs
 from manic.kernels.plain import scale_dtype
-from manic.tuner import Sums
 from manic.warn import Once, warn
 
 logger: logging.Logger = logging.getLogger("manic")
@@ -199,14 +198,14 @@ class Updater:
         self.base_optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def _observe(self, *, complete: bool) -> tuple[Sums, Tensor]:
-        """The four sums at the present point, see `Displacement.sums`, and the scale in force, in the tuner's units.
+    def _observe(self) -> Tensor:
+        """See who takes part in the coming step; the scale in force, 0-d, in the tuner's units.
 
         `Mechanic.step` calls this. It is here that parameters get their x_ref, and that changes made
         by others since the last step are noticed.
 
         Raises:
-            ValueError: a gradient is sparse, or a group has ``maximize`` or ``differentiable``.
+            ValueError: a group has ``maximize`` or ``differentiable``.
         """
         self._check_open()
         self._check_restored()
@@ -221,7 +220,27 @@ class Updater:
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
                 "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
             )
-        return self.displacement.sums(self._scale, complete=complete), self._scale
+        return self._scale
+
+    def _newcomers(self) -> tuple[float, float]:
+        """Of the parameters that take part: the share that is new since the last call, and N'/N as in (14).
+
+        Both are 0 in the first step. With a ``process_group`` too: a rank does not know who joins on the others.
+        """
+        newcomers, self.displacement.newcomers = self.displacement.newcomers, []
+        if not newcomers or not self._steps or self.displacement.process_group is not None:
+            return 0.0, 0.0
+        rates = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
+        sizes = {x: x.numel() * rate**2 for group, rate in rates for x in group["params"]}
+        slots = self.displacement.slots
+        new, known = (sum(sizes[x] for x in xs) for xs in (newcomers, slots))
+        now = sum(sizes[x] for x, slot in slots.items() if not slot.away)
+        return (new / now, min(1.0, (known - new) / now)) if now > 0 and known > new else (0.0, 0.0)
+
+    def _begin_anew(self, scale: Tensor) -> None:
+        """Set the scale in force, 0-d, in the tuner's units, and have Δ start again from 0."""
+        self.displacement.restart()
+        self._scale.copy_(scale)
 
     def _propose(
         self,

@@ -52,8 +52,7 @@ class Oracle:
         if was:  # else s is what the last bet left
             left = self.s[0] * math.sqrt(self.v[0]) / (self.s_init * self.m[0] / len(self.betas) + self.r[0])
         self.r, self.s_init = [left * r for r in self.r], self.s_init and left * self.s_init
-        self.noise = self.last = 0.0
-        self.premium, self.peak, self.in_force = 1.0, factor, sum(self.s)
+        self.noise, self.premium, self.peak, self.in_force = 0.0, 1.0, factor, sum(self.s)
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""

@@ -284,8 +284,18 @@ def test_they_are_seen_whoever_looks_first() -> None:
         mechanic.step(tune=False)
         assert mechanic.learning_steps == (243 if step <= 260 else 503)  # that alone lowers nothing
 
-    for before in (rebase, other_rows):
-        assert learned_to([4, 12], lambda step: [True, step >= 260], before=before)[0] == 243 + 260
+    def refused(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
+        gradient = parameters[1].grad
+        if step == 260 and gradient is not None:
+            parameters[1].grad = gradient.to_sparse()
+            with pytest.raises(ValueError, match="expected a dense one"):
+                mechanic.step()
+            parameters[1].grad = gradient
+
+    for before in (rebase, other_rows, refused):
+        learned, scales = learned_to([4, 12], lambda step: [True, step >= 260], before=before)
+        assert learned == 243 + 260
+        assert scales[260] == pytest.approx(scales[259] / 2, rel=1e-6)
 
 
 def test_steps_that_were_skipped_do_not_count() -> None:

@@ -186,22 +186,22 @@ class Mechanic:
         self._captured |= _is_captured(self._betas)
         scale = self.updater._observe()
         self._to(scale)
+        factor = self.updater._factor
+        if tune:
+            self._welcome(factor)
+        seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
+        sums = self.updater.displacement.sums(scale, complete=self._config.s_decay != 0 or seeks or judged)
         if not self.updater._pending:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
         config = _in_unit(self._config, self.updater._nominal.unit)
-        factor, count = self.updater._factor, None
-        if tune:
-            self._welcome(factor)
-        seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
-        sums = self.updater.displacement.sums(scale, complete=config.s_decay != 0 or seeks or judged)
 
         # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
         taken = self.updater._taken if self._captured else self.updater._steps
         since = taken + 1 - self._since
         learning, restart = tuner.is_learning(since, config), tuner.restarts(since, config)
-        tuned = one_launch(_tune) if scale.is_cuda else _tune
+        tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
@@ -231,10 +231,10 @@ class Mechanic:
         new, ratio = self.updater._newcomers()
         if new < tuner.MANY or self._config.rule != "manic":
             return
-        for state in (self._previous, self._state):
-            torch._foreach_copy_(list(state), list(tuner.widen(state, ratio, factor)))  # type: ignore
+        before = self._previous if self.updater._pending else self._state
+        torch._foreach_copy_(list(before), list(tuner.widen(before, ratio, factor)))  # type: ignore
         self._since = self.updater._count()
-        self.updater._begin_anew(self._previous.scales.sum())
+        self.updater._begin_anew(before.scales.sum())
 
     def _seeks(self, step: int) -> bool:
         """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.

@@ -327,19 +327,15 @@ def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:
     lowered = math.sqrt(ratio) / state.premium
     wealth = start * m + r
     left = lowered * torch.where((v > 0) & (wealth > 0), s * v.sqrt() / wealth, 1)
-    return TunerState(
+    return state._replace(
         scales=lowered * s,
         reward=left * r,
-        max_product=m,
-        sum_squares=v,
         start=left * start,
         power=nothing,
         level=nothing,
         peak=one * factor.unsqueeze(-1),
-        top=nothing,
         noise=nothing,
         premium=one,
-        last=nothing,
     )
 
 

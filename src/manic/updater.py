@@ -228,7 +228,7 @@ class Updater:
         Both are 0 in the first step. With a ``process_group`` too: a rank does not know who joins on the others.
         """
         newcomers, self.displacement.newcomers = self.displacement.newcomers, []
-        if not newcomers or not self._steps or self.displacement.process_group is not None:
+        if not newcomers or self.displacement.process_group is not None:
             return 0.0, 0.0
         rates = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
         sizes = {x: x.numel() * rate**2 for group, rate in rates for x in group["params"]}

@@ -267,6 +267,15 @@ def test_those_that_do_not_take_part_do_not_count() -> None:
     assert learned_to([10, 100], lambda step: [True, not 200 <= step < 260])[0] == 243
 
 
+def test_nor_do_those_that_left_before_they_were_counted() -> None:
+    def leaves(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
+        if step == 260:
+            updater.rebase()
+            del updater.param_groups[1]
+
+    assert learned_to([4, 12], lambda step: [True, step >= 260], before=leaves)[0] == 243
+
+
 def test_a_slow_group_counts_as_its_steps_do() -> None:
     """Those of a hundred elements at a tenth of the rate are as long as those of one."""
     assert learned_to([9, 200], lambda step: [True, step >= 260], rates=[1.0, 0.1])[0] == 243

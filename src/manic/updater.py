@@ -227,15 +227,16 @@ class Updater:
 
         Both are 0 in the first step. With a ``process_group`` too: a rank does not know who joins on the others.
         """
-        newcomers, self.displacement.newcomers = self.displacement.newcomers, []
+        newcomers, self.displacement.newcomers = set(self.displacement.newcomers), []
         if not newcomers or self.displacement.process_group is not None:
             return 0.0, 0.0
         rates = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
-        sizes = {x: x.numel() * rate**2 for group, rate in rates for x in group["params"]}
         slots = self.displacement.slots
-        new, known = (sum(sizes[x] for x in xs) for xs in (newcomers, slots))
-        now = sum(sizes[x] for x, slot in slots.items() if not slot.away)
-        return (new / now, min(1.0, (known - new) / now)) if now > 0 and known > new else (0.0, 0.0)
+        sizes = {x: x.numel() * rate**2 for group, rate in rates for x in group["params"] if x in slots}
+        older = sum(size for x, size in sizes.items() if x not in newcomers)
+        new = sum(size for x, size in sizes.items() if x in newcomers and not slots[x].away)
+        now = sum(size for x, size in sizes.items() if not slots[x].away)
+        return (new / now, min(1.0, older / now)) if now > 0 and older > 0 else (0.0, 0.0)
 
     def _begin_anew(self, scale: Tensor) -> None:
         """Set the scale in force, 0-d, in the tuner's units, and have Δ start again from 0."""

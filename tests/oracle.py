@@ -33,7 +33,6 @@ class Oracle:
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
-        self.in_force = sum(self.s)
         self.steps = self.since = 0
         self.r = [0.0] * n
         self.m = [1e-6 if rule == "mechanic_pytorch" else 0.0] * n
@@ -52,10 +51,11 @@ class Oracle:
         if was:  # else s is what the last bet left
             left = self.s[0] * math.sqrt(self.v[0]) / (self.s_init * self.m[0] / len(self.betas) + self.r[0])
         self.r, self.s_init = [left * r for r in self.r], self.s_init and left * self.s_init
-        self.noise, self.premium, self.peak, self.in_force = 0.0, 1.0, factor, sum(self.s)
+        self.noise, self.premium, self.peak = 0.0, 1.0, factor
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
         """Without a gradient the scale stays."""
+        scale = sum(self.s)
         if g is not None:
             self._tune(x, g, factor)
         if self.s_init is None:
@@ -69,7 +69,7 @@ class Oracle:
         late = self.steps - self.since - self.learns
         if self.steps - self.since in (1, 3, 9, 27, 81) or (late >= 0 and late % 9 == 0):
             self.delta = [0.0] * len(x)
-        change, self.in_force = (sum(self.s) - self.in_force) / 2, sum(self.s)
+        change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
 
     def _tune(self, x: list[float], g: list[float], factor: float) -> None:

@@ -97,8 +97,8 @@ class Oracle:
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
             fall /= self.premium
-            rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0 if self.top else 1.0
-            self.premium = rise ** (81 / (81 + self.noise))
+            rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0
+            self.premium = rise if self.top else 1.0
             self.s = [s * fall * self.premium for s in self.s]
             return
         before, self.peak, self.top = self.peak, max(self.peak, factor), factor

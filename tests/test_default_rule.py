@@ -426,7 +426,7 @@ def test_plain_descent_survives_a_schedule_that_had_decayed_when_the_scale_was_l
     assert max(losses[230:]) < 0.1 < losses[0]
 
 
-def test_where_it_is_noise_the_schedule_counts_in_full() -> None:
+def test_what_the_schedule_falls_by_is_made_up_for_in_noise_as_in_signal() -> None:
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
 
     def dip(step: int) -> float:
@@ -434,8 +434,9 @@ def test_where_it_is_noise_the_schedule_counts_in_full() -> None:
 
     constant = scales_of(5000, lambda step: noise[step - 1])
     decayed = scales_of(5000, lambda step: dip(step) * noise[step - 1], dip)
+    assert constant[-1] < 0.2 * constant[242]
     assert decayed[4899] == pytest.approx(constant[4899])
-    assert decayed[-1] == pytest.approx(constant[-1], rel=0.05)
+    assert decayed[-1] == pytest.approx(2 * constant[-1], rel=0.05)
     assert scales_of(400, lambda step: -1.0, lambda step: 1.0 if step <= 300 else 0.5)[-1] == pytest.approx(
         2 * scales_of(400, lambda step: -1.0)[-1]
     )
@@ -485,7 +486,7 @@ def test_under_warm_restarts_the_scale_falls_as_it_should(lr: float | torch.Tens
         scales = list(trained(Updater(base, make_schedule(base)), model, 990))
         c = 81 / (81 + share * 747)
         premium = 1.0 if share == 1 else 3.0  # the last step is at the bottom
-        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(c) * premium**c, rel=0.2)
+        assert scales[-1] / scales[242] == pytest.approx(math.sqrt(c) * premium, rel=0.2)
 
 
 def test_a_rate_above_those_that_the_scale_was_learned_at_lowers_it() -> None:

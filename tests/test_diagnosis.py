@@ -68,6 +68,20 @@ def test_a_scale_that_stays_at_its_start() -> None:
     (message,) = messages(lambda x, step: x + noise(step), Ascent)
     assert message.startswith("At step 128 the scale is at its start, ")
     assert "does the optimizer maximize?" in message
+    (message,) = messages(lambda x, step: x + noise(step), Ascent, steps_per_epoch=1)
+    assert message.startswith("At step 81 the scale is at its start, ")
+    assert "at none of the last 17 steps" in message
+
+
+@pytest.mark.parametrize(("bets", "told"), [(0, False), (WINDOW // 4, False), (WINDOW // 4 + 1, True), (WINDOW, True)])
+def test_only_steps_that_bet_say_whether_the_scale_is_at_its_start(bets: int, told: bool) -> None:
+    diagnosis, one = Diagnosis(), torch.tensor(1.0)
+    state = TunerState(*(one[None],) * len(TunerState._fields))._replace(reward=torch.zeros(1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(WINDOW):
+            diagnosis.watch(FIRST - WINDOW + 1 + i, state, i < bets, Sums(one, one, one, one), 1.0, 0)
+    assert len(caught) == told
 
 
 def test_no_gradient() -> None:
@@ -188,7 +202,7 @@ def test_it_oscillates_if_it_turns_often_before_two_checks(first: int, second: i
             scales += scales[-1:] * (WINDOW - len(scales))
             for step, scale in enumerate(scales, check - WINDOW + 1):
                 state = TunerState(torch.tensor([scale]), *(one[None],) * (len(TunerState._fields) - 1))
-                diagnosis.watch(step, state, Sums(one, one, one, one), 1.0, 0)
+                diagnosis.watch(step, state, True, Sums(one, one, one, one), 1.0, 0)
     assert len(caught) == (first >= TURNS <= second)
 
 

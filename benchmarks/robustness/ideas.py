@@ -118,7 +118,7 @@ class Idea:
         rises: that may take the rate above that of step T by so many times: its fall counts from there.
         again: what it has fallen since is made up for to this power, up to the rate at its highest factor.
         climbs: where it has fallen to counts as higher by this share in every step after T, up to its highest factor.
-        gate: the power of c in its exponent.
+        gate: π is all that to a power: c to the power of ``gate``, that is 1 where it is 0.
         signal: what h_t h_{t-1} counts for in (11).
         uphill: and that times this where both are above 0.
         unusual: the root of its bound there, in the usual size of h.
@@ -183,7 +183,7 @@ class Idea:
     rises: float = 1.0
     again: float = 2.0
     climbs: float = 0.0
-    gate: float = 1.0
+    gate: float = 0.0
     signal: float = 2.0
     uphill: float = 1.0
     unusual: float = tuner.UNUSUAL
@@ -208,8 +208,9 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-ONCE = Idea(again=1.0)
-MEAN = Idea(averaged=1 / 3)
+TWICE = Idea(gate=1.0)
+ONCE = replace(TWICE, again=1.0)
+MEAN = replace(TWICE, averaged=1 / 3)
 PREMIUM = replace(ONCE, rises=math.inf)
 CHARGED = replace(ONCE, s_decay=0.01, charged="once")
 TOLD = replace(PREMIUM, seen="before")
@@ -218,7 +219,8 @@ NINE = replace(EPOCHS, learns_passes=9.0)
 UPHILL = replace(NINE, uphill=tuner.UPHILL)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
-TOLD_NOW = replace(TOLD_TWICE, learns_passes=float(tuner.EPOCHS))
+TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
+TOLD_NOW = replace(TWELVE, gate=0.0)
 IDEAS = {
     "the default": Idea(),
     "… s_init is 1e-8": Idea(s_init=1e-8),
@@ -233,7 +235,7 @@ IDEAS = {
     "… signal is not bounded": Idea(unusual=math.inf),
     "… the schedule counts in full: π = 1": Idea(premium=1.0),
     "… what the schedule falls by is made up for once": Idea(again=1.0),
-    "… where h is noise as well: π without c": Idea(gate=0.0),
+    "… where h is noise, the schedule counts in full: π to the power of c": TWICE,
     "the default, given the epoch": TOLD_NOW,
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
@@ -364,7 +366,7 @@ IDEAS = {
     "…, from T on, and half as much again": replace(ONCE, rises=1.5),
     "…, from T on, and up to its peak by 1/81 a step": replace(ONCE, climbs=1 / 81),
     "…, from T on, and up to its peak, one and a half times": replace(ONCE, again=1.5),
-    "**…, from T on, and up to its peak, twice**": Idea(),
+    "**…, from T on, and up to its peak, twice**": TWICE,
     "…, from T on, and up to its peak, three times": replace(ONCE, again=3.0),
     "**up to the peak twice, the mean of the last third**": MEAN,
     "up to the peak twice, the mean of the last half": replace(MEAN, averaged=1 / 2),
@@ -423,11 +425,11 @@ IDEAS = {
         TOLD_MEAN, arithmetic=True
     ),
     "**with the epoch given, T after twelve, up to the peak twice, the mean of the last third**": replace(
-        TOLD_NOW, averaged=1 / 3
+        TWELVE, averaged=1 / 3
     ),
-    "**with the epoch given, T after twelve, up to the peak twice**": TOLD_NOW,
+    "**with the epoch given, T after twelve, up to the peak twice**": TWELVE,
     "with the epoch given, T after twelve, up to the peak twice, the mean of the scales of the last third": replace(
-        TOLD_NOW, averaged=1 / 3, mean_of="scales"
+        TWELVE, averaged=1 / 3, mean_of="scales"
     ),
     "…, no rise after nine": replace(EPOCHS, settles=9.0),
     "…, wins count half after ten": replace(EPOCHS, wins=10.0),

@@ -35,7 +35,7 @@ class Diagnosis:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._seen: dict[int, tuple[Any, ...]] = {}
         self._largest: tuple[float, int] | None = None  # ‖x‖ at the checks so far, and the step
         self._pinned = False  # whether ‖g‖ was the same at every step before the last check
         self._turns = 0  # of the scale, before the last check
@@ -47,41 +47,44 @@ class Diagnosis:
         """Whether a step, counted from 1, is one of the `WINDOW` before a check, where the sums with x are needed."""
         return max(FIRST, 1 << (step - 1).bit_length()) - step < WINDOW
 
-    def watch(self, step: int, state: TunerState, sums: Sums, unit: float, packings: int) -> None:
+    def watch(self, step: int, state: TunerState, learning: bool, sums: Sums, unit: float, packings: int) -> None:
         """See a step that it looks at, counted from 1; the sums must be of that step alone, not written later.
 
         Args:
             step: the step's number; the same number again replaces what was seen first.
             state: what `tuner.update` returned.
+            learning: whether it bet: only then it says whether there is a reason to take longer steps.
             sums: what h was made of.
             unit: a scale in the user's units per scale in the tuner's.
             packings: changes when other parameters take part, whose norms do not compare.
         """
         if packings != self._packings:
             self._packings, self._largest, self._seen = packings, None, {}
-        self._seen[step] = (state.scales.clone(), state.reward.clone(), sums.grad_square, sums.param_square)
+        self._seen[step] = (learning, state.scales.clone(), state.reward.clone(), sums.grad_square, sums.param_square)
         if step & (step - 1):
             return
         steps = [i for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
-        columns = zip(*(self._seen[i] for i in steps), strict=True)
+        learned, *columns = zip(*(self._seen[i] for i in steps), strict=True)
         self._seen = {}
         scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
         read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
-        rows = [(i, *row) for i, row in zip(steps, read, strict=True) if all(map(math.isfinite, row))]
+        places = zip(steps, learned, read, strict=True)
+        rows = [(i, bet, *row) for i, bet, row in places if all(map(math.isfinite, row))]
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
 
     def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
-        steps, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
+        steps, learned, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
         low, high = math.sqrt(min(grad_squares)), math.sqrt(max(grad_squares))
         norm, pinned = math.sqrt(param_squares[-1]), high - low < SPREAD * high
         largest, at = self._largest or (math.sqrt(param_squares[0]), steps[0])
 
-        if max(rewards) <= 0:
+        bets = [i for i, bet in enumerate(learned) if bet]
+        if len(bets) > WINDOW // 4 and max(rewards[i] for i in bets) <= 0:
             self._tell(
                 "start",
-                f"At step {step} the scale is at its start, {scales[-1]:.3g}: at none of the last {len(rows)} steps "
-                f"was there a reason to take longer ones. The norm of the gradient was {low:.3g} to {high:.3g}. There "
+                f"At step {steps[bets[-1]]} the scale is at its start, {scales[bets[-1]]:.3g}: at none of the last "
+                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was {low:.3g} to {high:.3g}. There "
                 "may be nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is it that "
                 "of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
             )

@@ -223,7 +223,7 @@ class Mechanic:
             self._log(h)
         if judged:
             self._diagnosis.watch(
-                self._steps, after, sums, self.updater._nominal.unit, self.updater.displacement.packings
+                self._steps, after, bool(learning), sums, self.updater._nominal.unit, self.updater.displacement.packings
             )
 
     def _welcome(self, factor: Tensor) -> None:

@@ -22,7 +22,7 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
                          - 2 ω_t min(k_t k_{t-1}/a_t, 3²))) (11)
-    π_t = min((G_t/f_t)², F_t/f_t, 3) to the power of c_t   (12)
+    π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
 and before step t, if a quarter or more of the elements that take part in it are new; r and s_init become such that (6)
@@ -105,12 +105,11 @@ What each rule does that the paper as printed does not:
     the first epoch, and as 1/t in many. If they are not, every step counts once. In a shuffled epoch a short Δ is of
     rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net that
     bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
-  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
-    are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So where
-    gradients are signal, what the schedule falls by from T on is made up for twice: the rate rises by as much, to that
-    of the schedule's peak at most, and falls once it is 3 times what the schedule has (12); where they are noise that
-    counts in z, and longer steps would not be made up for, the schedule counts in full. A rate that leaps to where
-    nothing has been learned of it is one that plain SGD does not survive.
+  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce are
+    no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So what the
+    schedule falls by from T on is made up for twice: the rate rises by as much, to that of the schedule's peak at most,
+    and falls once it is 3 times what the schedule has (12). A rate that leaps to where nothing has been learned of it
+    is one that plain SGD does not survive.
   - A scale that was learned of some parameters, such as a head trained alone, can be ten times too high for others that
     join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where steps
     are about as long as before, and is learned for T steps more (14).
@@ -139,7 +138,7 @@ LEARNS = 3**5  # T, at most
 EPOCHS = 12  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 SHORT = 9  # steps that Δ sums up from T on
-PREMIUM = 3  # times what the schedule has, where h is signal: the most that a rate is
+PREMIUM = 3  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
 UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place of half
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
@@ -484,11 +483,11 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
         weight = torch.where(state.last == 0, e.clamp(max=1), e)
     noise = weight * (k**2 / usual - signal)
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
-    before, now = USUAL + state.noise, USUAL + z
     rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
-    premium = torch.where(top > 0, rise, 1) ** (USUAL / now)  # (12)
+    premium = torch.where(top > 0, rise, 1)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    s = state.scales * (held * (before / now).sqrt() / state.premium)  # (13), but for π
+    fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
+    s = state.scales * (held * fall / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
     s = s * premium

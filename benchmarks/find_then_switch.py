@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from manic import Mechanic, Updater
 
-STEPS, PROBE, SEEDS = 600, 200, 5
+STEPS, PROBE, SEEDS = 600, 250, 5
 GRID = [10 ** (k / 2) for k in range(-8, 2)]  # half-decades from 1e-4 to 3
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,

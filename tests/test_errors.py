@@ -19,6 +19,12 @@ from torch.optim import lr_scheduler
 from manic import History, Mechanic, Updater, mechanize
 
 
+class PerEpoch:
+    """A schedule such as timm's."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None: ...
+
+
 def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(make_net().parameters(), lr=lr, **options)
 
@@ -191,6 +197,9 @@ def test_order_of_calls() -> None:
     with pytest.raises(RuntimeError, match=r"without a mechanic.step\(\) before it. Call mechanic.step\(\), then"):
         updater.step()
     mechanic.step()
+    with pytest.raises(RuntimeError, match=r"before it.*Was the Mechanic built on another Updater\?"):
+        Updater(torch.optim.SGD(model.parameters(), lr=1.0)).step()
+    mechanic.step()
     updater.step()
     before = flat(model)
     with pytest.raises(RuntimeError, match="without a mechanic"):
@@ -272,6 +281,8 @@ def test_hand_off_that_cannot_be() -> None:
 def test_hand_off_of_a_mechanized_optimizer() -> None:
     model = make_net()
     optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    with pytest.raises(TypeError, match=r"a mechanized optimizer has neither.*Train with Updater"):
+        optimizer.mechanic.hand_off()
     for step in range(3):
         backward(model, step)
         optimizer.step()
@@ -309,6 +320,9 @@ def test_a_step_of_the_base_optimizer_that_was_left_in_the_loop() -> None:
         twin_updater.base_optimizer.step()
 
     updaters = [updater, Updater(base)]  # the first lives on, and the second takes its place
+    mechanic.step()
+    with pytest.raises(RuntimeError, match=r"Of several Updaters on one optimizer only the last may step"):
+        updaters[0].step()
     updater = updaters[1]
     mechanic = Mechanic(updater)
     step(2)
@@ -405,6 +419,10 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
     [
         (lambda: Updater(sgd(), lr_scheduler.CosineAnnealingLR), "lr_scheduler is <class .*CosineAnnealingLR.*or None"),
         (lambda: Updater(sgd(), "cosine"), "lr_scheduler is 'cosine'; expected a scheduler"),
+        (
+            lambda: Updater(sgd(), PerEpoch()),
+            r"type PerEpoch, whose step\(\) cannot be called without arguments \(.*'epoch'\).* after updater.step",
+        ),
         (lambda: Updater(sgd(), internal_lr="auto"), "internal_lr is 'auto'; expected a finite number > 0, or None"),
         (lambda: Mechanic(Updater(sgd()), betas=0.9), r"betas is 0.9; expected several numbers in \[0, 1\)"),
         (lambda: Mechanic(Updater(sgd()), s_init="auto"), "s_init is 'auto'; expected a finite number > 0"),

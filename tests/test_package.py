@@ -41,6 +41,9 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     assert f"Version: {manic.__version__}\n" in metadata
     versions = re.findall(r"^Classifier: .* (3\.\d+)$", metadata, re.MULTILINE)
     assert f"on Python {', '.join(versions[:-1])} and {versions[-1]}\n" in metadata  # as the README says
+    links = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert any(link.endswith("docs/quality.md") for link in links)
+    assert all(link.startswith(("https://", "#")) for link in links)  # those of the README lead somewhere on PyPI
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
     done = subprocess.run(

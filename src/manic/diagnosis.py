@@ -10,6 +10,7 @@ import torch
 from manic.tuner import Sums, TunerState
 from manic.warn import Once
 
+HELP = "https://github.com/dscamiss/manic/blob/main/docs/troubleshooting.md"
 WINDOW = 64  # steps before a check that it looks at
 FIRST = 128  # the first check; the others are at the powers of two after it
 GROWTH = 10.0  # of the parameters' norm beyond the largest at the checks before
@@ -84,9 +85,10 @@ class Diagnosis:
             self._tell(
                 "start",
                 f"At step {steps[bets[-1]]} the scale is at its start, {scales[bets[-1]]:.3g}: at none of the last "
-                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was {low:.3g} to {high:.3g}. There "
-                "may be nothing to gain, or the optimizer's updates lead uphill: is the gradient zero, or is it that "
-                "of another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
+                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was {low:.3g} to "
+                f"{high:.3g}. There may be nothing to gain, or the optimizer's updates lead uphill: is the gradient "
+                "zero, or is it that of another loss, or does the optimizer maximize? rule='paper' may stay at its "
+                "start for ever.",
             )
         pinned_lately, self._pinned = pinned or self._pinned, pinned
         if norm > (PINNED_GROWTH if pinned_lately else GROWTH) * largest > 0:
@@ -116,7 +118,7 @@ class Diagnosis:
         self._largest, self._turns = max((norm, step), (largest, at)), turns
 
     def _tell(self, ailment: str, message: str) -> None:
-        self._once.warn(ailment, f"{message} See docs/troubleshooting.md.", ScaleWarning)
+        self._once.warn(ailment, f"{message} See {HELP}", ScaleWarning)
 
 
 def _turns(scales: tuple[float, ...]) -> int:

@@ -636,7 +636,7 @@ class Displacement:
         for i, tensors in state.items():
             if ("delta" in tensors) != self.store_delta:
                 raise ValueError(
-                    f"The state was saved with store_delta={not self.store_delta}, and this one is built with "
+                    f"The state dict was saved with store_delta={not self.store_delta}, and this one is built with "
                     f"store_delta={self.store_delta}. Build it as it was when saved."
                 )
             for key, tensor in tensors.items():

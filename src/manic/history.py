@@ -103,7 +103,7 @@ class History:
             writer.writerows(zip(*columns.values(), strict=True))
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture of loss (if recorded), scale and learning rates; needs the extra ``manic[plot]``."""
+        """Write a picture of loss (if recorded), scale and the first group's rate; needs the extra ``manic[plot]``."""
         from manic.plotting import plot_histories
 
         plot_histories({"manic": self}, path)

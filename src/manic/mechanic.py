@@ -39,7 +39,7 @@ class Mechanic:
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            The scale is then learned for twelve epochs, if these are fewer than 243 steps. After that noise lowers it
+            The scale is then learned for twelve epochs, but for 81 to 243 steps. After that noise lowers it
             the more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
             comes twice, as where inputs are augmented at random. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,

@@ -105,11 +105,11 @@ What each rule does that the paper as printed does not:
     the first epoch, and as 1/t in many. If they are not, every step counts once. In a shuffled epoch a short Δ is of
     rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net that
     bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
-  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce are
-    no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So what the
-    schedule falls by from T on is made up for twice: the rate rises by as much, to that of the schedule's peak at most,
-    and falls once it is 3 times what the schedule has (12). A rate that leaps to where nothing has been learned of it
-    is one that plain SGD does not survive.
+  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
+    are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So what
+    the schedule falls by from T on is made up for twice: the rate rises by as much, to that of the schedule's peak at
+    most, and falls once it is 3 times what the schedule has (12). A rate that leaps to where nothing has been learned
+    of it is one that plain SGD does not survive.
   - A scale that was learned of some parameters, such as a head trained alone, can be ten times too high for others that
     join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where steps
     are about as long as before, and is learned for T steps more (14).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import numbers
@@ -39,7 +40,7 @@ logger: logging.Logger = logging.getLogger("manic")
 
 
 class Updater:
-    """Takes the base optimizer's step, and moves the parameters to x_ref + scale · Δ instead.
+    """Takes the base optimizer's step, and moves the parameters by its update times the scale instead.
 
     It is used with a `Mechanic`, which sets the scale: ``mechanic.step(); updater.step()`` after each backward pass.
 
@@ -112,12 +113,7 @@ class Updater:
             )
         check_kind(type(base))
         check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
-        steps = getattr(lr_scheduler, "step", None)
-        if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(steps)):
-            raise TypeError(
-                f"lr_scheduler is {lr_scheduler!r}; expected a scheduler, as in "
-                "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."
-            )
+        check_schedule(lr_scheduler)
         scheduled = getattr(lr_scheduler, "optimizer", base)
         if scheduled is not base:
             raise ValueError(
@@ -273,7 +269,7 @@ class Updater:
 
     @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take the base optimizer's step, move the parameters to x_ref + scale · Δ, and step the schedule.
+        """Take the base optimizer's step, move the parameters as the scale says, and step the schedule.
 
         Args:
             closure: passed to the base optimizer, which evaluates the model with it.
@@ -347,8 +343,8 @@ class Updater:
         self._check_open()
         if not self._pending:
             raise RuntimeError(
-                "updater.step() was called without a mechanic.step() before it. "
-                "Call mechanic.step(), then updater.step(), once each after every backward pass."
+                "updater.step() was called without a mechanic.step() before it. Call mechanic.step(), then "
+                "updater.step(), once each after every backward pass. Was the Mechanic built on another Updater?"
             )
         if self._parameter_count != len(self._parameters()):
             raise RuntimeError(
@@ -457,15 +453,15 @@ class Updater:
     def hand_off(self) -> tuple[Optimizer, Any]:
         """Fold the scale into the learning rates, free x_ref and Δ, give the parts back: see `Mechanic.hand_off`."""
         self._check_open()
-        scale = float(self._scale) * self._nominal.unit
-        if not scale > 0:
-            raise RuntimeError(
-                f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
-            )
         if hasattr(self.base_optimizer, "covered_class"):
             raise TypeError(
                 "hand_off() gives back a plain optimizer and its schedule, and a mechanized optimizer has neither. "
                 "Train with Updater(optimizer, lr_scheduler) and Mechanic."
+            )
+        scale = float(self._scale) * self._nominal.unit
+        if not scale > 0:
+            raise RuntimeError(
+                f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
             )
         if isinstance(self.base_optimizer, torch.optim.ASGD | torch.optim.Rprop):
             raise ValueError(
@@ -749,6 +745,25 @@ def _epoch_of(schedule: Any) -> Any:
     return getattr(schedule, "last_epoch", None)
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raise TypeError unless `Updater` can step it, or it is ``None`` or one that the user steps."""
+    if schedule is None or isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
+        return
+    step = getattr(schedule, "step", None)
+    if isinstance(schedule, type) or not callable(step):
+        raise TypeError(
+            f"lr_scheduler is {schedule!r}; expected a scheduler, as in "
+            "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."
+        )
+    try:
+        inspect.signature(step).bind()
+    except TypeError as error:
+        raise TypeError(
+            f"lr_scheduler is of type {type(schedule).__name__}, whose step() cannot be called without "
+            f"arguments ({error}). Leave it out of Updater, and step it yourself after updater.step()."
+        ) from None
+
+
 def check_options(
     store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str, process_group: Any
 ) -> None:
@@ -808,7 +823,8 @@ class _Guard:
         if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
             raise RuntimeError(
                 "optimizer.step() was called, but this optimizer's steps are taken by updater.step(): leave it out. "
-                "To go on without manic, call mechanic.hand_off() first. Nothing was changed."
+                "To go on without manic, call mechanic.hand_off() first. Of several Updaters on one optimizer only "
+                "the last may step. Nothing was changed."
             )
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,85 @@ def test_after_a_skipped_step_where_the_scale_is_learned_from_other_rows(first: 
         train(net, its, range(15, 20))
     assert relative_difference(flat(model), before) > 1e-6
     assert torch.equal(flat(other), flat(model))
+
+
+def test_a_scale_that_was_proposed_for_a_skipped_step_is_not_shown() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(10):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+    scale = float(mechanic.scale)
+    backward(model, 10)
+    mechanic.step()
+    assert float(mechanic.scale) != scale
+    model.gain.grad.fill_(float("nan"))
+    mechanic.step(tune=False)
+    updater.step()
+    assert float(mechanic.scale) == scale == updater.get_last_lr()[0]
+
+
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_a_change_of_a_frozen_parameter_is_none_of_the_run_s(how: str) -> None:
+    """Without a stored Δ what others did while a layer was frozen must not be taken for it, in a resumed run either."""
+
+    def made() -> tuple[nn.ParameterList, Updater, Mechanic]:
+        weights = nn.ParameterList([nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(40))])
+        updater = Updater(torch.optim.AdamW(weights.parameters(), lr=1.0), store_delta=False)
+        return weights, updater, Mechanic(updater)
+
+    def train(run: tuple[nn.ParameterList, Updater, Mechanic], steps: int) -> None:
+        weights, updater, mechanic = run
+        for _ in range(steps):
+            updater.zero_grad()
+            sum((x - 3).square().sum() for x in weights if x.requires_grad).backward()
+            mechanic.step()
+            updater.step()
+
+    def finish(run: tuple[nn.ParameterList, Updater, Mechanic]) -> list[float]:
+        train(run, 2)
+        with torch.no_grad():
+            run[0][1].add_(10.0)
+        train(run, 2)
+        run[0][1].requires_grad_(True)
+        train(run, 20)
+        return [float(run[2].scale), *run[0][1].tolist()]
+
+    run = made()
+    train(run, 20)
+    run[0][1].requires_grad_(False)
+    train(run, 2)
+    if how == "copied":
+        other = copy.deepcopy(run)
+    else:
+        other = made()
+        other[0].load_state_dict(run[0].state_dict())
+        other[0][1].requires_grad_(False)
+        for part, saved in zip(other[1:], run[1:], strict=True):
+            part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the change
+        assert finish(run) == finish(other)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_rebase_before_the_first_step_of_a_copy(copied: bool) -> None:
+    """With a Δ that is not stored, it starts again from zero: the base's step is all that moves the weights."""
+    weight = nn.Parameter(torch.ones(4))
+    updater = Updater(torch.optim.SGD([weight], lr=1.0), store_delta=False)
+    mechanic = Mechanic(updater)
+    for _ in range(20):
+        weight.grad = weight.detach() - 3
+        mechanic.step()
+        updater.step()
+    if copied:
+        weight, updater, mechanic = copy.deepcopy((weight, updater, mechanic))
+    weight.data.add_(10.0)
+    updater.rebase()
+    slot = updater.displacement.slots[weight]
+    assert torch.equal(slot.reference, weight.detach())
 
 
 def test_steps_that_raised_do_not_count() -> None:

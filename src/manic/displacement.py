@@ -60,6 +60,12 @@ class Slot:
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
         return {**self.__dict__, **kept, "_version": None}
 
+    def leave(self) -> None:
+        """Note that the scale goes on without the parameter."""
+        if self._version is None:
+            self.stamp()
+        self.away = True
+
     def stamp(self) -> None:
         """Note that the parameter is as we left it."""
         self._version, self.address, self.away = version(self.parameter), local(self.parameter).data_ptr(), False
@@ -72,7 +78,7 @@ class Slot:
         """Whether the parameter is in other memory than at `stamp`."""
         return self.address != local(self.parameter).data_ptr()
 
-    def keep_change(self, scale: Tensor, rescaled: float) -> bool:
+    def keep_change(self, scale: Tensor, rescaled: float, *, changed: bool) -> bool:
         """Take the parameter as others have left it, or as the scale has left it behind while it was away.
 
         See `kernels.plain.keep_change`. Of one that is back only x_ref shifts.
@@ -80,12 +86,14 @@ class Slot:
         Args:
             scale: the scale in force, 0-d.
             rescaled: the α in it.
+            changed: others have, whatever its version counter and address tell.
 
         Returns:
             Whether Δ had to be given up.
         """
         x = self.x().cpu() if self.offload else self.x()
-        lost = self.delta is None and self._version is not None and (self.is_changed() or not self.away)
+        told = self._version is not None and (self.is_changed() or not self.away)
+        lost = self.delta is None and (changed or told)
         self.reference = self.reference.to(x.device, wide(x.dtype))
         if self.delta is not None:
             scale = scale.to(x.device)
@@ -404,7 +412,7 @@ class Displacement:
     Attributes:
         slots: what is kept of each parameter.
         joined: the elements of parameters that the last `refresh` saw for the first time.
-        newcomers: the parameters that were seen for the first time since somebody last emptied this list.
+        newcomers: the parameters that were seen for the first time, and that nobody has counted yet.
         packings: how often other parameters took part than before.
         rescaled: α.
         eps: ε, added to the scale that a recomputed Δ is divided by.
@@ -418,7 +426,7 @@ class Displacement:
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
         self.joined: int = 0
-        self.newcomers: list[Tensor] = []
+        self.newcomers: set[Tensor] = set()
         self.packings: int = 0
         self._reduction: Reduction | None = None
         self._active: list[Slot] = []  # of the parameters that take part
@@ -448,14 +456,14 @@ class Displacement:
             slot = self.slots.get(parameter)
             if not parameter.requires_grad and parameter.grad is None:
                 if slot is not None:
-                    slot.away = True
+                    slot.leave()
                 continue
             if slot is None:
                 slot = self.slots[parameter] = self._slot(parameter)
                 self.joined += parameter.numel()
-                self.newcomers.append(parameter)
+                self.newcomers.add(parameter)
             elif changed or slot.away or slot.is_changed():
-                lost |= slot.keep_change(self.rescaled * scale, self.rescaled)
+                lost |= slot.keep_change(self.rescaled * scale, self.rescaled, changed=changed)
                 touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
@@ -623,7 +631,7 @@ class Displacement:
         return {
             i: {name: tensor.clone() for name, tensor in self.slots[parameter].tensors().items()}
             for i, parameter in enumerate(parameters)
-            if parameter in self.slots
+            if parameter in self.slots and parameter not in self.newcomers  # who are to be new when it is loaded
         }
 
     def check_state(self, state: dict[int, dict[str, Tensor]], parameters: list[Tensor], names: list[Any]) -> None:
@@ -649,7 +657,7 @@ class Displacement:
 
     def load_state(self, state: dict[int, dict[str, Tensor]], parameters: list[Tensor]) -> None:
         """Take up what `state` gave. The parameters themselves may be loaded before or after."""
-        self.slots, self.newcomers = {}, []
+        self.slots, self.newcomers = {}, set()
         self._active, self._buckets, self._key = [], [], []
         for i, tensors in state.items():
             slot = self.slots[parameters[i]] = self._slot(parameters[i])

@@ -171,9 +171,9 @@ class Mechanic:
         elements that take part are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
-            tune: ``False`` leaves the scale as it is, or as a call before this one has set it, logs nothing, and only
-                checks that the gradients are finite: for those of the training rows where the scale is learned from
-                gradients of other, held-out rows.
+            tune: ``False`` leaves the scale as it is, or as a call before this one has set it, unless many parameters
+                join, logs nothing, and only checks that the gradients are finite: for those of the training rows where
+                the scale is learned from gradients of other, held-out rows.
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
@@ -187,10 +187,9 @@ class Mechanic:
         scale = self.updater._observe()
         self._to(scale)
         factor = self.updater._factor
-        if tune:
-            self._welcome(factor)
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
         sums = self.updater.displacement.sums(scale, complete=self._config.s_decay != 0 or seeks or judged)
+        sums = self._welcome(sums, factor)
         if not self.updater._pending:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
@@ -206,9 +205,10 @@ class Mechanic:
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
         if not tune:
-            after, total = self._state, self._state.scales.sum()
+            after, total = self._state, torch.where(finite, self._state.scales.sum(), scale)
         if self.updater.nonfinite == "raise" and not finite:
-            self._steps, self.updater._pending = step - 1, False
+            self._steps = step - 1
+            self.updater._take_back()
             torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
@@ -226,15 +226,22 @@ class Mechanic:
                 self._steps, after, bool(learning), sums, self.updater._nominal.unit, self.updater.displacement.packings
             )
 
-    def _welcome(self, factor: Tensor) -> None:
-        """(14), if many parameters have joined."""
-        new, ratio = self.updater._newcomers()
+    def _welcome(self, sums: Sums, factor: Tensor) -> Sums:
+        """(14), if many parameters have joined, and the sums of the Δ that starts again then."""
+        updater = self.updater
+        if not updater.displacement.newcomers or (updater.nonfinite == "raise" and not sums.delta_grad.isfinite()):
+            return sums  # a step that is going to be refused leaves them new
+        new, ratio = updater._newcomers()
         if new < tuner.MANY or self._config.rule != "manic":
-            return
-        before = self._previous if self.updater._pending else self._state
-        torch._foreach_copy_(list(before), list(tuner.widen(before, ratio, factor)))  # type: ignore
-        self._since = self.updater._count()
-        self.updater._begin_anew(before.scales.sum())
+            return sums
+        states = (self._state, self._previous) if updater._pending else (self._state,)
+        for state in states:
+            torch._foreach_copy_(list(state), list(tuner.widen(state, ratio, factor)))  # type: ignore
+        self._since = updater._count()
+        updater._begin_anew(states[-1].scales.sum())
+        return sums._replace(
+            delta_grad=sums.delta_grad - sums.delta_grad, delta_param=sums.delta_param - sums.delta_param
+        )
 
     def _seeks(self, step: int) -> bool:
         """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.
@@ -393,10 +400,10 @@ def _tune(
     factor: Tensor,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
-    """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
+    """h, whether it and the gradient are finite, the next state, and the next scale (the present ones if not)."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
-    return h, finite, after, after.scales.sum()
+    return h, finite, after, torch.where(finite, after.scales.sum(), scale)

@@ -223,8 +223,8 @@ class Updater:
 
         Both are 0 in the first step. With a ``process_group`` too: a rank does not know who joins on the others.
         """
-        newcomers, self.displacement.newcomers = set(self.displacement.newcomers), []
-        if not newcomers or self.displacement.process_group is not None:
+        newcomers, self.displacement.newcomers = self.displacement.newcomers, set()
+        if self.displacement.process_group is not None:
             return 0.0, 0.0
         rates = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
         slots = self.displacement.slots
@@ -375,8 +375,13 @@ class Updater:
             self._next_scale.copy_(self._begin(*self._first_sizes()))
         self.displacement.move(before, self._scale, self._next_scale, finite, restart)
 
-    def _skip(self) -> None:
+    def _take_back(self) -> None:
+        """Forget the scale that was proposed."""
         self._pending = False
+        self._next_scale.copy_(self._scale)
+
+    def _skip(self) -> None:
+        self._take_back()
         self._skipped += 1
         expected = "found_inf" in vars(self)  # while a GradScaler looks for its scale
         if self._skipped & (self._skipped - 1) == 0 and not expected:  # 1, 2, 4, 8, …
@@ -438,6 +443,7 @@ class Updater:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         self.displacement.refresh(self._parameters(), self._scale)
+        self.displacement.newcomers.clear()
 
     @torch.no_grad()
     def rebase(self) -> None:

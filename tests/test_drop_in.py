@@ -71,6 +71,7 @@ def test_it_is_its_base(name: str) -> None:
     assert not is_mechanized(OPTIMIZERS[name](make_net().parameters(), lr=0.1))
     assert type(optimizer).__name__ == f"Mechanized{OPTIMIZERS[name].cls.__name__}"
     assert "lr: 0.1" in repr(optimizer)
+    assert "mechanic_" not in repr(optimizer)
 
 
 @pytest.mark.parametrize("plain_first", [True, False])

@@ -154,6 +154,10 @@ class _Mechanized(Optimizer):
             if state and isinstance(state, dict):  # some keep a number under a name instead
                 state.update(dict.fromkeys(STATE_KEYS if self.updater.displacement.store_delta else STATE_KEYS[:1]))
 
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if not line.strip().startswith(GROUP_KEYS))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get their x_ref when they first take part."""
         super().add_param_group(param_group)

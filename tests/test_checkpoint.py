@@ -221,24 +221,6 @@ def test_after_a_skipped_step_where_the_scale_is_learned_from_other_rows(first: 
     assert torch.equal(flat(other), flat(model))
 
 
-def test_a_scale_that_was_proposed_for_a_skipped_step_is_not_shown() -> None:
-    model = make_net()
-    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
-    mechanic = Mechanic(updater)
-    for step in range(10):
-        backward(model, step)
-        mechanic.step()
-        updater.step()
-    scale = float(mechanic.scale)
-    backward(model, 10)
-    mechanic.step()
-    assert float(mechanic.scale) != scale
-    model.gain.grad.fill_(float("nan"))
-    mechanic.step(tune=False)
-    updater.step()
-    assert float(mechanic.scale) == scale == updater.get_last_lr()[0]
-
-
 @pytest.mark.parametrize("how", ["loaded", "copied"])
 def test_a_change_of_a_frozen_parameter_is_none_of_the_run_s(how: str) -> None:
     """Without a stored Δ what others did while a layer was frozen must not be taken for it, in a resumed run either."""
@@ -284,7 +266,7 @@ def test_a_change_of_a_frozen_parameter_is_none_of_the_run_s(how: str) -> None:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_rebase_before_the_first_step_of_a_copy(copied: bool) -> None:
-    """With a Δ that is not stored, it starts again from zero: the base's step is all that moves the weights."""
+    """With a Δ that is not stored, it starts again from zero."""
     weight = nn.Parameter(torch.ones(4))
     updater = Updater(torch.optim.SGD([weight], lr=1.0), store_delta=False)
     mechanic = Mechanic(updater)

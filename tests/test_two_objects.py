@@ -550,6 +550,21 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> 
     assert [row["iter_count"] for row in logged] == list(range(1, 31))
 
 
+def test_a_scale_that_was_proposed_for_a_skipped_step_is_not_shown() -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(10))
+    scale = float(mechanic.scale)
+    backward(model, 10)
+    mechanic.step()
+    assert float(mechanic.scale) != scale
+    assert model.gain.grad is not None
+    model.gain.grad.fill_(math.nan)
+    mechanic.step(tune=False)
+    updater.step()
+    assert float(mechanic.scale) == scale == updater.get_last_lr()[0]
+
+
 def test_a_step_is_skipped_once_however_often_its_gradients_were_bad() -> None:
     """Also in what is saved before it is skipped."""
     model = make_net()

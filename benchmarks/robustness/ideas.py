@@ -220,7 +220,7 @@ UPHILL = replace(NINE, uphill=tuner.UPHILL)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
 TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
-TOLD_NOW = replace(TWELVE, gate=0.0)
+TOLD_NOW = replace(TWELVE, learns_passes=float(tuner.EPOCHS), gate=0.0)
 IDEAS = {
     "the default": Idea(),
     "… s_init is 1e-8": Idea(s_init=1e-8),

@@ -205,7 +205,7 @@ class Mechanic:
             count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
         if not tune:
-            after, total = self._state, torch.where(finite, self._state.scales.sum(), scale)
+            after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
             self._steps = step - 1
             self.updater._take_back()
@@ -400,10 +400,10 @@ def _tune(
     factor: Tensor,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
-    """h, whether it and the gradient are finite, the next state, and the next scale (the present ones if not)."""
+    """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
-    return h, finite, after, torch.where(finite, after.scales.sum(), scale)
+    return h, finite, after, after.scales.sum()

@@ -113,7 +113,7 @@ class Updater:
             )
         check_kind(type(base))
         check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
-        check_schedule(lr_scheduler)
+        _check_schedule(lr_scheduler)
         scheduled = getattr(lr_scheduler, "optimizer", base)
         if scheduled is not base:
             raise ValueError(
@@ -254,7 +254,7 @@ class Updater:
             begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
             restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
         """
-        self._next_scale.copy_(scale)
+        torch.where(finite, scale, self._scale, out=self._next_scale)
         self._finite.copy_(finite)
         self._begin, self._restart = begin, restart
         self._pending = True
@@ -751,7 +751,7 @@ def _epoch_of(schedule: Any) -> Any:
     return getattr(schedule, "last_epoch", None)
 
 
-def check_schedule(schedule: Any) -> None:
+def _check_schedule(schedule: Any) -> None:
     """Raise TypeError unless `Updater` can step it, or it is ``None`` or one that the user steps."""
     if schedule is None or isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
         return

@@ -496,8 +496,19 @@ def test_refused_states() -> None:
     with pytest.raises(ValueError, match="saved with optimizer=AdamW, and this Updater has optimizer=SGD"):
         sgd.load_state_dict(state)
     plain = {**state, "lr_scheduler": None, "kinds": {"optimizer": "AdamW", "lr_scheduler": None}}
-    with pytest.raises(ValueError, match="saved with store_delta=True"):
+    with pytest.raises(
+        ValueError, match="has delta and reference of parameter 0; expected reference with store_delta="
+    ):
         updater(store_delta=False).load_state_dict(plain)
+    del state["displacement"][0]["reference"]
+    with pytest.raises(
+        ValueError, match="has delta of parameter 0; expected delta and reference with store_delta=True"
+    ):
+        updater().load_state_dict(plain)
+    with pytest.raises(ValueError, match="saved with optimizer=None, and this Updater has optimizer=AdamW"):
+        updater().load_state_dict({**plain, "kinds": {}})
+    with pytest.raises(ValueError, match="steps='x'; expected a whole number"):
+        updater().load_state_dict({**plain, "steps": "x"})
     whole = {"model": model.state_dict(), "tuned": state, "mechanic": mechanic_state}
     with pytest.raises(ValueError, match=r"looks like a whole checkpoint.*load state\['tuned'\]"):
         updater().load_state_dict(whole)

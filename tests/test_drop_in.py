@@ -322,6 +322,33 @@ def test_closure_is_evaluated_once_and_errors_leave_everything() -> None:
     assert torch.equal(flat(model), before)
 
 
+def test_a_closure_costs_no_pass_over_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those that the tuner has seen, so nothing has to look whether they are finite."""
+    model = make_net()
+    optimizer = make(model)
+    passes = []
+    sums = optimizer.updater.displacement.sums
+    monkeypatch.setattr(optimizer.updater.displacement, "sums", lambda *a, **k: passes.append(1) or sums(*a, **k))
+    for step in range(5):
+        optimizer.step(lambda step=step: backward(model, step))
+    assert len(passes) == 5
+
+
+def test_a_parameter_without_gradients_does_not_keep_the_step_from_being_taken_in_one_pass() -> None:
+    """x_ref and Δ of the others are shown; those of a latecomer as soon as it has taken part in a step."""
+    model = make_net()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    assert "reference" not in optimizer.state.get(model.unused, {})
+    assert optimizer.updater.base_optimizer.covered_class is torch.optim.AdamW
+    backward(model, 2)
+    model.unused.grad = torch.ones_like(model.unused)
+    optimizer.step()
+    for parameter in (model.gain, model.unused):
+        slot = optimizer.updater.displacement.slots[parameter]
+        assert optimizer.state[parameter]["reference"].data_ptr() == slot.reference.data_ptr()
+
+
 def test_lbfgs_evaluates_its_closure_again() -> None:
     model, calls = make_net(), []
     parameters = [p for p in model.parameters() if p is not model.unused]

@@ -94,6 +94,26 @@ def test_optax_takes_trees_and_refuses_to_go_without_parameters():
         alone.update(params, alone.init(params))
 
 
+def test_optax_gives_up_its_state_to_a_compiled_step():
+    """No two parts of it are the same array."""
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+
+    from manic.opt_list import for_optax
+
+    optimizer = for_optax.optimizer_for_idx(7, 10)
+
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"weight": jax.numpy.ones(3)}
+    expected, _ = step(params, optimizer.init(params))
+    found, _ = jax.jit(step, donate_argnums=(0, 1))(params, optimizer.init(params))
+    assert (expected["weight"] != 1).all()
+    np.testing.assert_allclose(found["weight"], expected["weight"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("idx", "training_steps"), [(100, 10), (0, 0)])
 def test_optax_refuses_what_torch_refuses(idx, training_steps):
     pytest.importorskip("optax")

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -344,6 +345,20 @@ def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> 
     assert relative_difference(model.out.weight.detach(), changed) < 0.2
 
 
+def test_a_copy_of_a_pending_run_has_nothing_of_the_mechanic() -> None:
+    """Such as a log_func, which may not be one that can be pickled."""
+    model = make_net()
+    updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, log_func=lambda row: None)
+    backward(model, 0)
+    mechanic.step()
+    other = pickle.loads(pickle.dumps(updater))
+    with pytest.raises(RuntimeError, match="or this is a copy"):
+        other.step()
+    updater.step()
+    assert relative_difference(flat(model), flat(make_net())) > 0
+
+
 @pytest.mark.parametrize("store_delta", [True, False])
 @pytest.mark.parametrize("how", ["state dict", "deepcopy"])
 def test_a_run_that_is_saved_just_after_a_change_goes_on_the_same_way(how: str, store_delta: bool) -> None:
@@ -586,6 +601,44 @@ def test_making_the_two_reads_nothing_from_the_device() -> None:
     assert mechanic.scale.is_meta
 
 
+def test_a_base_has_no_state_until_a_step_was_taken() -> None:
+    """A fused one would set it up from what two bad gradients leave in its memory."""
+    model = make_net()
+    updater, mechanic = pair(model)
+    for _ in range(2):
+        backward(model, 0)
+        assert model.gain.grad is not None
+        model.gain.grad.fill_(math.inf)
+        mechanic.step()
+        assert updater.displacement.joined == sum(parameter.numel() for parameter in model.parameters())
+        assert updater.step() is None
+    train(model, updater, mechanic, range(1))
+    assert updater.displacement.joined == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_fused_base_that_begins_with_bad_gradients() -> None:
+    """It takes the steps of a run without them; of later ones that the device skips a state dict knows."""
+    ends = []
+    for bad in (2, 0):
+        model = make_net().cuda()
+        updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=True))
+        mechanic = Mechanic(updater, s_init=1e-3)
+        for step in (*[-1] * bad, *range(20)):
+            backward(model, step)
+            if step < 0:
+                model.gain.grad = torch.full_like(model.gain, math.inf)
+            mechanic.step()
+            updater.step()
+        ends.append(flat(model))
+        model.gain.grad = torch.full_like(model.gain, math.inf)
+        mechanic.step()
+        updater.step()
+        assert updater.state_dict()["steps"] == 20
+    assert relative_difference(ends[0], flat(make_net().cuda())) > 1e-3
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("change", ["clip", "accumulate", "new"])
 def test_gradients_that_change_between_the_two_steps_are_told_once(change: str) -> None:
     model = make_net()
@@ -634,9 +687,13 @@ def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta
         model.gain.grad.fill_(math.nan)
         return loss
 
+    tuner = mechanic.state_dict()
     assert updater.step(closure) is None
     assert torch.equal(flat(model), before)
     assert_same_bits(updater.base_optimizer.state_dict(), state)
+    assert_same_bits(mechanic.state_dict(), tuner)
+    with pytest.raises(RuntimeError, match=r"Call mechanic.step\(\) again"):
+        updater.step()
     train(model, updater, mechanic, range(30, 40))
     assert 0 < relative_difference(flat(model), before) < 1
 
@@ -687,10 +744,12 @@ def test_where_a_bad_gradient_is_refused_no_step_is_pending() -> None:
 
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_what_others_do_between_the_two_calls_is_kept(store_delta: bool) -> None:
+    """Without a stored displacement this starts again from zero, which is told."""
     model, updater, _, before = pending(store_delta=store_delta)
     with torch.no_grad():
         model.gain.fill_(5.0)
-    updater.step()
+    with nullcontext() if store_delta else pytest.warns(UserWarning, match="store_delta=True"):
+        updater.step()
     moved = flat(model)
     assert float(model.gain.detach()) == pytest.approx(5, abs=0.1)
     assert 0 < (moved - before).abs().sort().values[-2] < 0.1

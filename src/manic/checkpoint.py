@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from manic.kernels.plain import wide
 
 STATE_VERSION = 14
+KINDS = {numbers.Integral: "whole number", numbers.Real: "number", Tensor: "0-d tensor"}
 
 
 def check_version(state_dict: dict[str, Any], kind: str, keys: tuple[str, ...]) -> None:
@@ -41,9 +42,10 @@ def check_entries(state_dict: dict[str, Any], kind: str, types: dict[str, Any]) 
     for name, expected in types.items():
         value = state_dict[name]
         if not isinstance(value, expected) or (isinstance(value, Tensor) and value.dim()):
+            word = KINDS.get(expected, expected.__name__)
             raise ValueError(
-                f"The {kind} state dict has {name}={value!r:.60}; expected a {'0-d ' * (expected is Tensor)}"
-                f"{expected.__name__}. Load what {kind}.state_dict() returned, as it was saved."
+                f"The {kind} state dict has {name}={value!r:.60}; expected a {word}. Load what {kind}.state_dict() "
+                "returned, as it was saved."
             )
 
 

@@ -411,7 +411,7 @@ class Displacement:
 
     Attributes:
         slots: what is kept of each parameter.
-        joined: the elements of parameters that the last `refresh` saw for the first time.
+        joined: the elements of parameters that `refresh` saw for the first time since the last move.
         newcomers: the parameters that were seen for the first time, and that nobody has counted yet.
         packings: how often other parameters took part than before.
         rescaled: α.
@@ -450,7 +450,7 @@ class Displacement:
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
         """
-        self.joined, lost, touched = 0, False, False
+        lost, touched = False, False
         active, key = [], []
         for parameter in parameters:
             slot = self.slots.get(parameter)
@@ -482,12 +482,9 @@ class Displacement:
         for slot in self.slots.values():
             slot.away = True
 
-    def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> None:
+    def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> bool:
         """`refresh` once more, if others have changed anything since the last."""
-        if any(slot.is_changed() for slot in self._active):
-            joined = self.joined
-            self.refresh(parameters, scale)
-            self.joined += joined
+        return any(slot.is_changed() for slot in self._active) and self.refresh(parameters, scale)
 
     def sums(self, scale: Tensor, *, complete: bool = True) -> Sums:
         """The four sums over the parameters that take part, on all ranks that they are spread over.
@@ -567,6 +564,7 @@ class Displacement:
         for i, bucket in enumerate(self._buckets):
             start = None if before is None else before[i]
             bucket.move(start, *(_placed(value, bucket.device) for value in (weights, finite, restart)))
+        self.joined = 0
         self._stamp()
 
     def _stamp(self) -> None:
@@ -641,11 +639,13 @@ class Displacement:
                 f"The state dict is of another model: it has {max(state) + 1} parameters or more, this one "
                 f"{len(parameters)}."
             )
+        expected = ["delta", "reference"] if self.store_delta else ["reference"]
         for i, tensors in state.items():
-            if ("delta" in tensors) != self.store_delta:
+            if sorted(tensors) != expected:
                 raise ValueError(
-                    f"The state dict was saved with store_delta={not self.store_delta}, and this one is built with "
-                    f"store_delta={self.store_delta}. Build it as it was when saved."
+                    f"The state dict has {' and '.join(sorted(tensors)) or 'nothing'} of parameter {i}; expected "
+                    f"{' and '.join(expected)} with store_delta={self.store_delta}. Build it as it was when saved, and "
+                    "load all that was saved."
                 )
             for key, tensor in tensors.items():
                 if tensor.shape != parameters[i].shape:

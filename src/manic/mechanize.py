@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
+from manic.displacement import Slot
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic, check_logging
 from manic.tuner import BETAS, TunerConfig, TunerState
@@ -145,7 +146,8 @@ class _Mechanized(Optimizer):
             raise
         self.updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
         self.mechanic = Mechanic(self.updater, **self._options["mechanic"])
-        self._mirrored = 0
+        self._mirrored = 0  # the packing whose x_ref and Δ are shown
+        self._unseen: dict[Tensor, Slot] = {}  # those of it that are not yet
         # A GradScaler then unscales before the step, as the tuner needs, and not inside a fused one.
         self._step_supports_amp_scaling = False
         # Tools that load optimizers look at these names for what to load.
@@ -182,7 +184,7 @@ class _Mechanized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            closure = _first_known(closure, loss)
+            closure = _first_known(closure, loss) if _evaluates_again(self._base) else None
         self.mechanic.step()
         self.updater.step(closure)
         return loss
@@ -270,25 +272,18 @@ class _Mechanized(Optimizer):
 
         Only after the base's step: base optimizers take a state that is not empty for one that they have set up.
         """
-        if self._is_mirrored():
-            return
-        slots = self.updater.displacement.slots
-        stepped = [
-            (parameter, slot)
-            for parameter, slot in slots.items()
-            if self.state.get(parameter) or parameter.grad is not None
-        ]
-        for parameter, slot in stepped:
-            self.state[parameter].update(slot.tensors())
-        if len(stepped) == len(slots):
-            self._mirrored = self.updater.displacement.packings
+        displacement = self.updater.displacement
+        if not self._is_mirrored():
+            self._unseen, self._mirrored = dict(displacement.slots), displacement.packings
+        for parameter in [x for x in self._unseen if self.state.get(x) or x.grad is not None]:
+            self.state[parameter].update(self._unseen.pop(parameter).tensors())
 
     def _is_mirrored(self) -> bool:
         return self._mirrored == self.updater.displacement.packings
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {name: getattr(self, name) for name in ("updater", "mechanic", "_step_supports_amp_scaling")}
-        return {**super().__getstate__(), **ours, "_mirrored": 0}
+        return {**super().__getstate__(), **ours, "_mirrored": 0, "_unseen": {}}
 
     def __reduce__(self) -> tuple[Any, ...]:
         made = type(self).__dict__.get("_options") is not None
@@ -351,6 +346,11 @@ def _first_known(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
     """``closure``, but for the first call, whose result is known and whose gradients are there."""
     known = [loss]
     return lambda: known.pop() if known else closure()
+
+
+def _evaluates_again(base: type[Optimizer]) -> bool:
+    """Whether a base's step may call its closure more than once, or not before all else; of torch's only LBFGS does."""
+    return base is torch.optim.LBFGS or not base.__module__.startswith("torch.optim.")
 
 
 def _divide(state: dict[Any, dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], dict[Any, dict[str, Any]]]:

@@ -151,7 +151,7 @@ class Updater:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a `step` would need of the `mechanic.step()` before it is not in a copy.
-        return {**self.__dict__, "_parameter_count": -1} if self._pending else self.__dict__
+        return {**self.__dict__, "_parameter_count": -1, "_begin": None} if self._pending else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -210,13 +210,17 @@ class Updater:
         parameters = self._parameters()
         self._to(parameters[0].device)
         self._parameter_count, self._gradient = len(parameters), _first_gradient(parameters)
-        if self.displacement.refresh(parameters, self._scale):
+        self._tell(self.displacement.refresh(parameters, self._scale))
+        return self._scale
+
+    def _tell(self, lost: bool) -> None:
+        """Warn if a Δ had to be given up."""
+        if lost:
             self._once.warn(
                 "change",
                 "Parameters were changed between steps. With store_delta=False the displacement of these starts again "
                 "from zero; if this happens at every step (weight clipping, say), use store_delta=True.",
             )
-        return self._scale
 
     def _newcomers(self) -> tuple[float, float]:
         """Of the parameters that take part: the share that is new since the last call, and N'/N as in (14).
@@ -298,7 +302,7 @@ class Updater:
                 "Unscale, accumulate and clip before mechanic.step().",
             )
         with torch.no_grad():
-            self.displacement.keep_changes(parameters, self._scale)
+            self._tell(self.displacement.keep_changes(parameters, self._scale))
         one_pass = self._plan_one_pass() if closure is None else None
         on_device = self._base_can_skip(one_pass is not None)
         if self.nonfinite == "skip" and not on_device and not bool(self._finite):
@@ -329,7 +333,9 @@ class Updater:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
             if isinstance(error, _NotFiniteError):
-                return self._skip()
+                self._skip()
+                self._pending, self._parameter_count = True, -1  # the tuner has bet on it: not yet on what comes next
+                return None
             raise
         self._pending, self._begin, self._skipped = False, None, 0
         own = getattr(self.base_optimizer, "_optimizer_step_post_hooks", None)  # a drop-in calls all
@@ -377,7 +383,7 @@ class Updater:
 
     def _take_back(self) -> None:
         """Forget the scale that was proposed."""
-        self._pending = False
+        self._pending, self._begin = False, None
         self._next_scale.copy_(self._scale)
 
     def _skip(self) -> None:
@@ -444,6 +450,7 @@ class Updater:
                 parameter.grad = gradient
         self.displacement.refresh(self._parameters(), self._scale)
         self.displacement.newcomers.clear()
+        self.displacement.joined = 0
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -540,10 +547,11 @@ class Updater:
         check_version(state_dict, "Updater", ("lr_scheduler", *types))
         check_entries(state_dict, "Updater", types)
         for part, kind in self._kinds().items():
-            if kind != state_dict["kinds"][part]:
+            saved = state_dict["kinds"].get(part)
+            if kind != saved:
                 raise ValueError(
-                    f"The state dict was saved with {part}={state_dict['kinds'][part]}, and this Updater has "
-                    f"{part}={kind}. Build it as it was when saved."
+                    f"The state dict was saved with {part}={saved}, and this Updater has {part}={kind}. Build it as it "
+                    "was when saved."
                 )
         self._check_displacement(state_dict["displacement"])
         groups = [len(group["params"]) for group in state_dict["base_optimizer"]["param_groups"]]
@@ -564,8 +572,9 @@ class Updater:
         self._load_tuning(*(state_dict[key] for key in tuning))
 
     def _count(self) -> int:
-        """The steps taken, those in replays of a CUDA graph too."""
-        return max(self._steps, int(self._taken))
+        """The steps taken: those in replays of a CUDA graph too, those that the device has skipped not."""
+        self._steps = int(self._taken)
+        return self._steps
 
     def _check_displacement(self, displacement: dict[int, dict[str, Tensor]]) -> None:
         """Raise ValueError unless `_load_tuning` can take ``displacement``."""

@@ -56,8 +56,8 @@ def optimizer_for_idx(idx: int, training_steps: int) -> optax.GradientTransforma
     beta1, beta2 = config.betas
 
     def init(params: Any) -> NAdamWState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return NAdamWState(jnp.zeros((), jnp.int32), zeros, zeros)
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return NAdamWState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NAdamWState]:
         if params is None:

@@ -333,11 +333,12 @@ class Wrapper(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-def test_a_wrapped_optimizer_keeps_its_state_where_it_was() -> None:
+@pytest.mark.parametrize("of_the_wrapper", [False, True])
+def test_a_wrapped_optimizer_keeps_its_state_where_it_was(of_the_wrapper: bool) -> None:
     weight = nn.Parameter(torch.ones(3))
     base = torch.optim.AdamW([weight], lr=1e-3)
     wrapper = Wrapper(base)
-    updater = Updater(wrapper, CosineAnnealingLR(base, 10))
+    updater = Updater(wrapper, CosineAnnealingLR(wrapper if of_the_wrapper else base, 10))
     mechanic = Mechanic(updater)
     for _ in range(3):
         weight.grad = weight.detach().clone()

@@ -286,6 +286,22 @@ def test_differentiates_with_respect_to_the_learning_rate(name):
     torch.testing.assert_close(torch.func.grad(final_loss)(lr), slope, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_lars_has_derivatives_where_a_layer_is_zero_and_has_no_gradient(name):
+    params = {"weight": torch.tensor([3.0, 4.0]).double(), "bias": torch.zeros(2).double()}
+    grads = {"weight": torch.tensor([0.5, 1.0]).double(), "bias": torch.zeros(2).double()}
+
+    def length(value):
+        config = replace(ALL["lars"], **{name: value})
+        after, _ = functional.lars_step(params, grads, functional.lars_init(params, config), config)
+        return after["weight"].square().sum() + after["bias"].sum()
+
+    value, h = torch.tensor(0.1).double(), 1e-6
+    slope = (length(value + h) - length(value - h)) / (2 * h)
+    assert abs(slope) > 1e-4
+    torch.testing.assert_close(torch.func.grad(length)(value), slope, rtol=1e-6, atol=0)
+
+
 def test_state_survives_a_file(tmp_path: Path):
     params, loss = make_problem()
     config = ALL["adam"]

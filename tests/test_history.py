@@ -107,6 +107,7 @@ def test_what_was_recorded_stays_when_a_step_is_done_again() -> None:
         updater.step()
     assert None not in history["loss"]
     assert history["accuracy"] == [0, 1, 9]
+    assert {type(value) for value in history["accuracy"]} == {float}
 
 
 def test_a_value_is_one_number() -> None:

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,6 +151,13 @@ def test_warmup_longer_than_the_constant_part_ends_on_the_cosine():
     config = Config(lr=1.0, betas=(0.9, 0.99), eps=1e-8, warmup_fraction=0.6, constant_fraction=0.2)
     expected = {30: 0.5, 59: 59 / 60, 60: 0.5, 100: 0.0}
     assert {step: config.lr_factor(step, 100) for step in expected} == pytest.approx(expected, abs=1e-15)
+
+
+def test_training_steps_of_numpy_are_saved_as_plain_ones(tmp_path):
+    optimizer = optimizer_for_idx([weight_of()], 0, np.int64(100))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["param_groups"][0]["training_steps"] == 100
 
 
 @pytest.mark.parametrize("training_steps", [0, -5, 10.0, "10"])

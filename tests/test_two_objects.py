@@ -26,9 +26,9 @@ from problems import (
 )
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from manic import Mechanic, Updater
+from manic import Mechanic, Updater, mechanize
 from manic.tuner import RESCALED, TunerConfig
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -143,17 +143,21 @@ def test_thousands_of_small_parameters_are_packed_in_linear_time(
     assert len(cuts) == len(parameters) * (1 + store_delta)
 
 
+class Watched(torch.optim.SGD):
+    """Notes the rates that its steps are taken at."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.rates: list[list[float]] = [*getattr(self, "rates", []), [group["lr"] for group in self.param_groups]]
+        return super().step(closure)
+
+
 def test_groups_keep_their_ratio_and_get_effective_rates() -> None:
     model = make_net()
-    optimizer = torch.optim.SGD(
-        [{"params": model.hidden.parameters(), "lr": 4e-3}, {"params": model.out.parameters()}], 1e-3
-    )
-    seen = []
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append([g["lr"] for g in o.param_groups]))
+    optimizer = Watched([{"params": model.hidden.parameters(), "lr": 4e-3}, {"params": model.out.parameters()}], 1e-3)
     updater = Updater(optimizer, lr_scheduler.StepLR(optimizer, 1, 0.5), internal_lr=2.0)
     mechanic = Mechanic(updater)
     train(model, updater, mechanic, range(2))
-    assert seen == [[2.0, 0.5], [1.0, 0.25]]  # internal_lr / largest initial lr, and the schedule's factor
+    assert optimizer.rates == [[2.0, 0.5], [1.0, 0.25]]  # internal_lr / largest initial lr, and the schedule's factor
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 0.25e-3]
     assert updater.get_last_lr() == [float(updater.scale) * 1e-3, float(updater.scale) * 0.25e-3]
     assert mechanic.get_last_lr() == [float(mechanic.scale)] * 2
@@ -161,15 +165,14 @@ def test_groups_keep_their_ratio_and_get_effective_rates() -> None:
 
 
 def test_a_group_without_parameters_has_no_say_in_the_internal_rate() -> None:
-    seen, model = [], make_net()
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 1.0}, {"params": [], "lr": 1e9}])
+    model = make_net()
+    optimizer = Watched([{"params": model.parameters(), "lr": 1.0}, {"params": [], "lr": 1e9}])
     updater = Updater(optimizer, internal_lr=2.0)
-    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(opt.param_groups[0]["lr"]))
     mechanic = Mechanic(updater)
     backward(model, 0)
     mechanic.step()
     updater.step()
-    assert seen == [2.0]
+    assert optimizer.rates[0][0] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -471,6 +474,48 @@ def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool, o
     assert len(seen) == 9
 
 
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("how", ["gradient", "weight", "rate"])
+def test_what_hooks_before_the_base_step_do_counts(how: str, of_all: bool) -> None:
+    """They see the rates given, and the run is that of a drop-in, whose hooks come before all else."""
+    ends = []
+    for drop_in in (False, True):
+        model, rates = make_net(), []
+
+        def hook(optimizer: Any, args: Any, kwargs: Any, model: Net = model, rates: list[float] = rates) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            if how == "gradient":
+                assert model.gain.grad is not None
+                model.gain.grad.nan_to_num_(0.5)
+            elif how == "weight":
+                with torch.no_grad():
+                    model.out.weight.mul_(0.99)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.9
+
+        register: Any = register_optimizer_step_pre_hook
+        if drop_in:
+            optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(model.parameters(), lr=1e-4)
+            steppers, updater, register = [optimizer], optimizer.updater, register if of_all else optimizer
+        else:
+            updater, mechanic = pair(model, lr=1e-4)
+            steppers, register = [mechanic, updater], register if of_all else updater.base_optimizer
+        handle = register(hook) if of_all else register.register_step_pre_hook(hook)
+        for step in range(20):
+            backward(model, step)
+            if how == "gradient":
+                assert model.gain.grad is not None
+                model.gain.grad.fill_(math.nan)
+            for stepper in steppers:
+                stepper.step()
+        handle.remove()
+        assert rates == pytest.approx([1e-4 * (0.9**i if how == "rate" else 1) for i in range(20)])
+        ends.append((flat(model), float(updater.scale)))
+    assert relative_difference(ends[0][0], flat(make_net())) > 1e-3
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_a_hook_that_is_registered_in_a_step_stays() -> None:
     model, calls = make_net(), []
     updater, mechanic = pair(model)
@@ -767,13 +812,13 @@ def test_the_displacement_of_a_frozen_layer_restarts_with_the_others(store_delta
     def delta() -> float:
         return float((slot.x() - slot.reference).norm() if slot.delta is None else slot.delta.norm())
 
-    train(model, updater, mechanic, range(20, 26))
+    train(model, updater, mechanic, range(20, 31))
     assert delta() > 0
-    train(model, updater, mechanic, range(26, 28))  # Δ restarts after step 27
+    train(model, updater, mechanic, range(31, 33))  # Δ restarts after step 32
     assert delta() == 0
     before = flat(model)
     model.out.weight.requires_grad_(True)
-    train(model, updater, mechanic, range(28, 30))
+    train(model, updater, mechanic, range(33, 35))
     assert 0 < relative_difference(flat(model), before) < 1
 
 
@@ -1097,12 +1142,22 @@ def test_hand_off_with_a_schedule_that_was_not_given() -> None:
     mechanic = Mechanic(updater)
     train(model, updater, mechanic, range(20))
     (rate,), scale = updater.get_last_lr(), float(mechanic.scale)
-    with pytest.warns(UserWarning, match=f"multiply its rates .* by {scale:.6g}"):
+    with pytest.warns(UserWarning, match=f"lack the scale: multiply them .* by {scale:.6g}"):
         mechanic.hand_off()
     schedule.base_lrs = [lr * scale for lr in schedule.base_lrs]
     base.step()
     schedule.step()
     assert base.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_hand_off_with_rates_that_were_set_by_hand() -> None:
+    model = make_net()
+    updater, mechanic = pair(model)
+    train(model, updater, mechanic, range(20))
+    updater.param_groups[0]["lr"] = 0.5
+    train(model, updater, mechanic, range(20, 22))
+    with pytest.warns(UserWarning, match="set again from here on, by hand"):
+        mechanic.hand_off()
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "one_cycle", "cyclic", "cosine_floor"])

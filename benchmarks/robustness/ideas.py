@@ -37,6 +37,7 @@ SEEDS, STEPS = [0, 1, 2], 500
 SCORED = {"valid": "the validation loss at the end", "best": "the lowest validation loss on the way"}
 
 
+EARLY = tuple(step for step in range(1, tuner.LEARNS) if tuner.restarts(step, tuner.TunerConfig()))
 OF_PASSES: dict[str, Callable[[float], float]] = {
     "once": lambda e: 1.0,
     "a third": lambda e: 1 / 3,
@@ -63,7 +64,9 @@ class Idea:
         s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
         stake: the first scale, in s_init; the published rule has about 100.
         by_factor: divide the first update by the schedule's factor.
-        recentre: when x_ref moves: ``"never"``, ``"growing"`` from step `first` on, or ``"every"`` `first` steps.
+        recentre: when x_ref moves: until T after the steps of `turns` (``"listed"``), ``"never"``, ``"growing"`` from
+            step `first` on, or ``"every"`` `first` steps.
+        turns: the steps that are listed.
         growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
@@ -135,7 +138,8 @@ class Idea:
     share: float = tuner.SHARE
     stake: float = tuner.FIRST_STAKE
     by_factor: bool = True
-    recentre: str = "growing"
+    recentre: str = "listed"
+    turns: tuple[int, ...] = EARLY
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -196,7 +200,8 @@ class Idea:
     shared: bool = False
 
 
-NOISE = Idea(premium=1.0)
+TRIPLED = Idea(recentre="growing")
+NOISE = replace(TRIPLED, premium=1.0)
 TRIPLING = replace(NOISE, learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
 FIXED = replace(DOUBLING, recentre="never", clip=False)
@@ -208,7 +213,7 @@ LESS_MEAN = replace(NO_BETS, memory=0.9)
 FALLING = replace(TRIPLING, learns=243, then="sum", period=729)
 FIRST = replace(NOISE, usual="first")
 AS_IT_COMES = replace(FIRST, evens="nothing", holds=False)
-TWICE = Idea(gate=1.0)
+TWICE = replace(TRIPLED, gate=1.0)
 ONCE = replace(TWICE, again=1.0)
 MEAN = replace(TWICE, averaged=1 / 3)
 PREMIUM = replace(ONCE, rises=math.inf)
@@ -220,7 +225,14 @@ UPHILL = replace(NINE, uphill=tuner.UPHILL)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
 TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
-TOLD_NOW = replace(TWELVE, learns_passes=float(tuner.EPOCHS), gate=0.0)
+TOLD_NOW = Idea(seen="before", uphill=tuner.UPHILL, learns_passes=float(tuner.EPOCHS))
+
+
+def at(*steps: int) -> Idea:
+    """The default, with these steps after which x_ref moves until T."""
+    return Idea(turns=steps)
+
+
 IDEAS = {
     "the default": Idea(),
     "… s_init is 1e-8": Idea(s_init=1e-8),
@@ -236,6 +248,27 @@ IDEAS = {
     "… the schedule counts in full: π = 1": Idea(premium=1.0),
     "… what the schedule falls by is made up for once": Idea(again=1.0),
     "… where h is noise, the schedule counts in full: π to the power of c": TWICE,
+    "Δ starts again at 1, 3, 9, 27, 81: tripling": TRIPLED,
+    "… at 1, 2, 4, 8, 16, 32, 64, 128: doubling": at(1, 2, 4, 8, 16, 32, 64, 128),
+    "… at 1, 2, 4, 8, 16, 32, 64": at(1, 2, 4, 8, 16, 32, 64),
+    "… at 1, 2, 4, 8, 16, 32, 100": at(1, 2, 4, 8, 16, 32, 100),
+    "… at 1, 2, 4, 8, 16, 32": at(1, 2, 4, 8, 16, 32),
+    "… at 1, 2, 4, 8, 16, 27, 81": at(1, 2, 4, 8, 16, 27, 81),
+    "… at 1, 2, …, 9, 27, 81": at(*range(1, 10), 27, 81),
+    "… at 1, 2, …, 9, 18, 36, 81": at(*range(1, 10), 18, 36, 81),
+    "… at 1, 4, 16, 27, 81": at(1, 4, 16, 27, 81),
+    "… at 1, 4, 9, 16, 25, 36, 81": at(1, 4, 9, 16, 25, 36, 81),
+    "… at 1, 3, 9, 18, 27, 81": at(1, 3, 9, 18, 27, 81),
+    "… at 1, 3, 9, 27, 54, 81": at(1, 3, 9, 27, 54, 81),
+    "… at 1, 3, 9, 27, 47, 81, 140": at(1, 3, 9, 27, 47, 81, 140),
+    "… at 1, 3, 9, 27, 81, 162": at(1, 3, 9, 27, 81, 162),
+    "… at none: Δ fades by t/(t + 3) until T, α = 0.25": replace(Idea(), turns=(), fade=3.0, rescaled=0.25),
+    "… at 1, 3, 9, 27, 81, T = 162": replace(TRIPLED, learns=162),
+    "the first scale = 10 s_init": Idea(stake=10.0),
+    "α = 0.35": Idea(rescaled=0.35),
+    "forgetting half each time until T": Idea(kept=0.5),
+    "forgetting half each time until T, β is 1": Idea(kept=0.5, betas=(1.0,)),
+    "tripling, given the epoch": replace(TOLD_NOW, recentre="growing"),
     "the default, given the epoch": TOLD_NOW,
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
@@ -650,6 +683,9 @@ class Tuner:
         passes = [s / self.steps_per_epoch // self.idea.anew for s in (step - 1, step)]
         if step < min(self.turn, self.idea.learns) and passes[0] != passes[1]:
             return True
+        listed = self.idea.recentre == "listed"
+        if listed and step < self.idea.learns and step not in self.idea.turns:
+            return False
         if self.idea.recentre == "never" or step < self.turn:
             return False
         self.turn = step + self.idea.first
@@ -705,7 +741,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
             if one.idea.delay:
                 recent[i].append(u[:, i].clone())
             reference[:, i] += (1 - one.idea.rescaled) * (before - scale) * delta[:, i]
-            if one.idea.fade:
+            if one.idea.fade and step + 1 < one.idea.learns:
                 kept = step / (step + one.idea.fade)
                 reference[:, i] += (1 - kept) * scale * delta[:, i]
                 delta[:, i] *= kept

@@ -75,7 +75,7 @@ class History:
                 raise TypeError(f"{name} is complex; expected a real number, such as its abs().")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
-            self._next[name] = value.detach().clone() if isinstance(value, Tensor) else value
+            self._next[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting)

@@ -15,7 +15,7 @@ and, under the rule ``manic`` only::
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after t = 1, 3, 9, … and T      (9)  in `restarts`; then every 9 steps
+    Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; then every 9 steps
 
 and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
@@ -79,10 +79,11 @@ What each rule does that the paper as printed does not:
     most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
     first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
     having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The displacement starts again from zero whenever the number of steps has tripled (9); the tuner goes on. Summed from
-    the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is long after steps
-    have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the steps from there on
-    were too short.
+  - The displacement starts again from zero whenever the number of steps has doubled, later tripled (9); the tuner goes
+    on. Summed from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is
+    long after steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the
+    steps from there on were too short. A long Δ sees further through noise; a short one sees sooner that the first
+    scale was too large.
   - When the scale changes, half of what the updates since then would have done at the new scale is made up for (7').
     The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
     that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
@@ -137,6 +138,7 @@ RESCALED = 0.5  # α
 LEARNS = 3**5  # T, at most
 EPOCHS = 12  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
+DOUBLES = 32  # steps until which Δ starts again when their number has doubled; once more after a third of LEARNS
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
@@ -343,10 +345,11 @@ def restarts(step: Any, config: TunerConfig) -> Any:
 
     Example:
         >>> [step for step in range(1, 270) if restarts(step, TunerConfig())]
-        [1, 3, 9, 27, 81, 243, 252, 261]
+        [1, 2, 4, 8, 16, 32, 81, 243, 252, 261]
     """
     since = step - config.learning_steps
-    return config.rule == "manic" and ((LEARNS % step == 0) & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
+    early = (DOUBLES % step == 0) | (step == LEARNS // 3)
+    return config.rule == "manic" and (early & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 
 def is_learning(step: Any, config: TunerConfig) -> Any:

@@ -115,7 +115,7 @@ class Updater:
         check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
         _check_schedule(lr_scheduler)
         scheduled = getattr(lr_scheduler, "optimizer", base)
-        if scheduled is not base:
+        if scheduled not in (base, optimizer):
             raise ValueError(
                 f"lr_scheduler schedules another optimizer, of type {type(scheduled).__name__}; "
                 "expected one built on the optimizer given."
@@ -197,14 +197,15 @@ class Updater:
     def _observe(self) -> Tensor:
         """See who takes part in the coming step; the scale in force, 0-d, in the tuner's units.
 
-        `Mechanic.step` calls this. It is here that parameters get their x_ref, and that changes made
-        by others since the last step are noticed.
+        `Mechanic.step` calls this. It is here that parameters get their x_ref, that changes made by others since the
+        last step are noticed, and that hooks before the base optimizer's step are called: what they do counts.
 
         Raises:
             ValueError: a group has ``maximize`` or ``differentiable``.
         """
         self._check_open()
         self._check_restored()
+        self._call_hooks("pre", self.base_optimizer)
         self._check_groups()
         self._nominal.settle(self.param_groups)
         parameters = self._parameters()
@@ -315,6 +316,7 @@ class Updater:
             with (
                 self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
+                _held_step_hooks(self.base_optimizer, "pre"),  # they were called before h was taken
                 _held_step_hooks(self.base_optimizer, "post"),  # they would see an unscaled step
             ):
                 if one_pass is not None:
@@ -338,12 +340,18 @@ class Updater:
                 return None
             raise
         self._pending, self._begin, self._skipped = False, None, 0
-        own = getattr(self.base_optimizer, "_optimizer_step_post_hooks", None)  # a drop-in calls all
-        for hook in [] if own is None else [*own.values(), *every_optimizer._global_optimizer_post_hooks.values()]:
-            hook(self.base_optimizer, (self.base_optimizer,) if closure is None else (self.base_optimizer, closure), {})
+        self._call_hooks("post", self.base_optimizer, *([] if closure is None else [closure]))
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
         return loss
+
+    def _call_hooks(self, when: str, *args: Any) -> None:
+        """Call the hooks before or after a step, of the base optimizer and of all; a drop-in calls its own."""
+        own = getattr(self.base_optimizer, f"_optimizer_step_{when}_hooks", None)
+        everyones = getattr(every_optimizer, f"_global_optimizer_{when}_hooks")
+        for hook in [] if own is None else [*own.values(), *everyones.values()]:
+            if not isinstance(hook, _Guard):
+                hook(self.base_optimizer, args, {})
 
     def _check_pending(self) -> None:
         self._check_open()
@@ -486,10 +494,12 @@ class Updater:
                 "hand_off() cannot rescale torch's Adafactor: it steps at min(lr, 1/√t), which would be another rate "
                 "from here on. Keep tuning."
             )
-        if self.lr_scheduler is None and any("initial_lr" in group for group in self.param_groups):
+        rates_given = [float(group["lr"]) for group in self.param_groups]
+        scheduled = any("initial_lr" in group for group in self.param_groups)
+        if self.lr_scheduler is None and (scheduled or rates_given != self._nominal.of(self.param_groups)):
             warn(
-                f"A schedule that Updater was not given sets the rates again at its next step, without the scale: "
-                f"multiply its rates (base_lrs, as a rule) by {scale:.6g}, or give it to Updater."
+                "Rates that are set again from here on, by hand or by a schedule that Updater was not given, lack the "
+                f"scale: multiply them (a schedule's base_lrs, as a rule) by {scale:.6g}, or give it to Updater."
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self.displacement = Displacement(store_delta=self.displacement.store_delta)

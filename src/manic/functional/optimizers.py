@@ -280,7 +280,9 @@ def lars_step(params: Tree, grads: Tree, state: LARSState, config: LARSConfig) -
     def rule(x: Tensor, g: Tensor, buffer: Tensor) -> tuple[Tensor, ...]:
         norm = torch.linalg.vector_norm(x)
         divisor = torch.linalg.vector_norm(g) + config.weight_decay * norm
-        layer_rate = torch.where((norm > 0) & (divisor > 0), config.trust_coefficient * norm / divisor, 1.0)
+        known = (norm > 0) & (divisor > 0)
+        ratio = norm / torch.where(known, divisor, 1.0)  # without a division by 0, whose derivative would be NaN
+        layer_rate = torch.where(known, config.trust_coefficient * ratio, 1.0)
         buffer = config.momentum * buffer + config.lr * layer_rate * (g + config.weight_decay * x)
         return x - buffer, buffer
 

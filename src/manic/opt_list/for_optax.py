@@ -17,7 +17,7 @@ class NAdamWState(NamedTuple):
 
     Attributes:
         count: steps taken, a 0-d int32 array.
-        mu: average of the gradient, of the shapes and dtypes of the parameters.
+        mu: average of the gradient, of the parameters' shapes; of the wider dtype where the gradients' is another.
         nu: average of its square, likewise.
     """
 

@@ -104,7 +104,7 @@ class NAdamW(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "l2_weight_decay": l2_weight_decay,
             "nesterov": nesterov,
-            "training_steps": training_steps,
+            "training_steps": None if training_steps is None else check_training_steps(training_steps),
             "warmup_fraction": warmup_fraction,
             "constant_fraction": constant_fraction,
             "final_lr_fraction": final_lr_fraction,

@@ -80,6 +80,8 @@ class Oracle:
             direction = [xi / (norm_x + self.eps) for xi in x]
         weight = self.lam * norm_g * (1 if self.rule == "manic" else sum(self.s))
         h = dot(self.delta, [gi + weight * di for gi, di in zip(g, direction, strict=True)])
+        epochs = self.steps_per_epoch and (self.steps + 1) / self.steps_per_epoch  # `steps` are those before this one
+        seen = None if epochs is None else max(0.0, epochs - 1)
         if self.rule == "manic" and self.steps - self.since >= self.learns:  # before this step
             before, self.peak, self.top = self.peak, max(self.peak, factor), max(self.top, factor)
             fall, last, self.last = before / self.peak, self.last, h / self.peak
@@ -88,10 +90,9 @@ class Oracle:
             pairs = list(zip(weights, self.late, strict=True))
             usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
             if usual > 0:
-                uphill = self.steps_per_epoch is not None and self.last > 0 and last > 0
+                uphill = seen is not None and self.last > 0 and last > 0
                 noise = self.last**2 / usual - (4 / 3 if uphill else 2) * min(self.last * last / usual, 9)
-                if self.steps_per_epoch is not None:  # `steps` are those before this one
-                    seen = max(0.0, (self.steps + 1) / self.steps_per_epoch - 1)
+                if seen is not None:
                     noise *= seen if last else min(1.0, seen)
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
@@ -114,7 +115,8 @@ class Oracle:
             elif self.rule == "manic":
                 bet = min(max(h, -self.m[i]), self.m[i]) if self.m[i] > 0 else h
                 self.m[i] = max(beta * self.m[i], abs(h))
-                self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * bet)
+                counts = 1.0 if seen is None or bet < 0 else (1 + seen) / (2 + seen)
+                self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * bet * counts)
             else:
                 self.m[i] = max(beta * self.m[i], h if self.rule == "paper" else abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * h)

@@ -305,6 +305,24 @@ def test_it_stays_where_noise_is_the_smaller_half(signal: float, falls: bool) ->
         assert (scales[-1] > scales[242] / 1.3) != falls
 
 
+@pytest.mark.parametrize(("seen", "counts"), [(0.0, 1 / 2), (3.0, 4 / 5), (98.0, 99 / 100)])
+def test_a_lost_bet_counts_half_in_the_first_epoch_and_more_in_later_ones(seen: float, counts: float) -> None:
+    config = tuner.TunerConfig(s_init=1e-3, steps_per_epoch=10)
+    betas = torch.tensor(config.betas, dtype=torch.float64)
+
+    def after(state: tuner.TunerState, h: float, seen: float | None) -> tuner.TunerState:
+        e = None if seen is None else torch.tensor(seen)
+        return tuner.update(state, torch.tensor(h), betas, config, seen=e)
+
+    state = tuner.init(config)
+    for _ in range(5):
+        assert torch.equal(after(state, -1.0, seen).reward, after(state, -1.0, None).reward)
+        state = after(state, -1.0, None)
+    lost, in_full = (betas * state.reward - after(state, 0.5, e).reward for e in (seen, None))
+    assert (in_full > 0).all()
+    torch.testing.assert_close(lost, counts * in_full)
+
+
 @pytest.mark.parametrize(("signal", "falls"), [(1.4, True), (-1.4, False), (2.5, False)])
 def test_what_repeats_uphill_counts_less_if_rows_come_again(signal: float, falls: bool) -> None:
     """Of 1.4² + 1 it is less than three quarters; of rows of which it is not known, more than half is enough."""

@@ -53,6 +53,9 @@ OF_PASSES: dict[str, Callable[[float], float]] = {
     "to thirty": lambda e: min(e, 30.0),
     "e/(1 + e)": lambda e: e / (1 + e),
     "1 - 1/e": lambda e: 1 - 1 / max(1.0, e),
+    "half at first": lambda e: max(1.0, e) / (1 + max(1.0, e)),
+    "half at first, at once more": lambda e: (1 + e) / (2 + e),
+    "half until the sixth": lambda e: min(1.0, max(0.5, e / 12)),
 }
 
 
@@ -72,6 +75,7 @@ class Idea:
         restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
+        lost: and that times this, a key of `OF_PASSES`: by the number of passes over the data so far.
         wins: bets that are won count half once the rows have been seen so many times before, and less and less.
         forgiving: and that times the schedule's factor, beside its highest, to this power.
         bounces: and that less this much of the share of h² that was signal in some ten steps.
@@ -146,6 +150,7 @@ class Idea:
     restart: bool = False
     clip: bool = True
     losses: float = 1.0
+    lost: str = ""
     wins: float = math.inf
     forgiving: float = 0.0
     bounces: float = 0.0
@@ -225,7 +230,8 @@ UPHILL = replace(NINE, uphill=tuner.UPHILL)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
 TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
-TOLD_NOW = Idea(seen="before", uphill=tuner.UPHILL, learns_passes=float(tuner.EPOCHS))
+TOLD_EVEN = Idea(seen="before", uphill=tuner.UPHILL, learns_passes=float(tuner.EPOCHS))
+TOLD_NOW = replace(TOLD_EVEN, lost="half at first")
 
 
 def at(*steps: int) -> Idea:
@@ -274,7 +280,20 @@ IDEAS = {
     "α = 0.25": Idea(rescaled=0.25),
     "forgetting half each time until T": Idea(kept=0.5),
     "forgetting half each time until T, β is 1": Idea(kept=0.5, betas=(1.0,)),
-    "tripling, given the epoch": replace(TOLD_NOW, recentre="growing"),
+    "tripling, given the epoch": replace(TOLD_EVEN, recentre="growing"),
+    "losses count 0.8": Idea(losses=0.8),
+    "losses count 0.7": Idea(losses=0.7),
+    "losses count half": Idea(losses=0.5),
+    "losses count half where h is signal": Idea(bounces=0.5),
+    "losses count in full, given the epoch": TOLD_EVEN,
+    "… losses count 0.8, given the epoch": replace(TOLD_EVEN, losses=0.8),
+    "… losses count 0.7, given the epoch": replace(TOLD_EVEN, losses=0.7),
+    "… losses count 0.6, given the epoch": replace(TOLD_EVEN, losses=0.6),
+    "… losses count half, given the epoch": replace(TOLD_EVEN, losses=0.5),
+    "… losses count half where h is signal, given the epoch": replace(TOLD_EVEN, bounces=0.5),
+    "… losses count a tenth where h is signal, given the epoch": replace(TOLD_EVEN, bounces=0.9),
+    "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
+    "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
@@ -606,7 +625,8 @@ class Tuner:
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
         signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
-        losses = idea.losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
+        losses = idea.losses * (OF_PASSES[idea.lost](e) if idea.lost else 1.0)
+        losses = losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
         bet = torch.where(bet > 0, losses * bet, bet / (1 + max(0.0, e - 1) / idea.wins))
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2

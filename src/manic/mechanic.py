@@ -39,9 +39,10 @@ class Mechanic:
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            The scale is then learned for twelve epochs, but for 81 to 243 steps. After that noise lowers it
-            the more, the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row
-            comes twice, as where inputs are augmented at random. ``None``: not known.
+            The scale is then learned for twelve epochs, but for 81 to 243 steps, in which lost bets count half in the
+            first epoch, and more in later ones. After that noise lowers it the more, the more often its rows were seen
+            before, and not at all in the first epoch. ``math.inf``: no row comes twice, as where inputs are augmented
+            at random. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.

@@ -13,6 +13,7 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
 and, under the rule ``manic`` only::
 
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
+    r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; then every 9 steps
@@ -101,6 +102,9 @@ What each rule does that the paper as printed does not:
   - The more often rows come again, the more h says how well the net knows them by heart, to which longer steps always
     add. So the bets end after twelve epochs of E steps, if E is given: six are too few for nets that go on learning
     from clean rows, and with many more the rate of those that overfit gets too high.
+  - Steps of a good rate bounce, and are told so by an h above 0: the rate at which it is 0 on average is too low. In
+    later epochs that is made up for by an h that is too low, as said. So a bet that is lost counts half in the first
+    epoch, and the more, the more often the rows were seen (4').
   - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
     counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
     the first epoch, and as 1/t in many. If they are not, every step counts once. In a shuffled epoch a short Δ is of
@@ -419,7 +423,7 @@ def update(
         config: gives ε, the rule and the cap.
         learning: from `is_learning`; a tensor is of shape (...).
         factor: f_t, a number or of shape (...).
-        seen: e_t, of shape (...), or ``None`` where it is 1.
+        seen: e_t, of shape (...), or ``None`` where E is not given.
 
     Returns:
         s_{t+1} and all else of step t.
@@ -437,12 +441,12 @@ def update(
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
     e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
     if not isinstance(learning, Tensor):
-        return _bet(state, h, f, betas, config) if learning else _settle(state, h, f, e, config)
-    both = zip(_bet(state, h, f, betas, config), _settle(state, h, f, e, config), strict=True)
+        return _bet(state, h, f, e, betas, config) if learning else _settle(state, h, f, e, config)
+    both = zip(_bet(state, h, f, e, betas, config), _settle(state, h, f, e, config), strict=True)
     return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
 
 
-def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tensor, config: TunerConfig) -> TunerState:
     """(2) to (6), F and G."""
     s, r, m, v, start, *_ = state
     peak, bet = torch.maximum(state.peak, f), h
@@ -452,6 +456,8 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, betas: Tensor, config: TunerCo
     if config.rule in ("optax", "manic"):
         bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
         bet = torch.clamp(h, -bound, bound)
+    if e is not None:
+        bet = torch.where(bet > 0, (1 + e) / (2 + e) * bet, bet)  # (4')
 
     if config.rule == "paper":
         m = torch.maximum(betas * m, h)  # (2)

@@ -277,7 +277,7 @@ def test_noise_counts_as_often_as_its_rows_were_seen_before() -> None:
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).tolist()
     once, told = (scales_of(5000, lambda step: noise[step - 1], **known) for known in ({}, {"steps_per_epoch": 1000}))
     assert once[999] < once[242] / 2
-    assert told[242:1000] == [once[242]] * 758
+    assert told[242:1000] == [told[242]] * 758
     for step in (2000, 5000):
         counted = sum(t / 1000 - 1 for t in range(1001, step + 1))
         assert told[step - 1] / told[242] == pytest.approx(math.sqrt(81 / (81 + counted)), rel=0.2)

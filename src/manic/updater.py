@@ -360,6 +360,7 @@ class Updater:
                 "updater.step() was called without a mechanic.step() before it. Call mechanic.step(), then "
                 "updater.step(), once each after every backward pass. Was the Mechanic built on another Updater?"
             )
+        _Guard.check(self)
         if self._parameter_count != len(self._parameters()):
             raise RuntimeError(
                 "The parameters are not those that mechanic.step() saw: some were added since, or this is a copy. "
@@ -836,6 +837,15 @@ class _Guard:
             updater.base_optimizer.register_step_pre_hook(cls(updater))
 
     @classmethod
+    def check(cls, updater: Updater) -> None:
+        hooks = getattr(updater.base_optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if any(isinstance(hook, cls) and hook._updater() not in (None, updater) for hook in hooks):
+            raise RuntimeError(
+                "Another Updater was built on this optimizer since. Of several Updaters on one optimizer only the last "
+                "may step. Nothing was changed."
+            )
+
+    @classmethod
     def leave(cls, optimizer: Optimizer) -> None:
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, cls)]:
@@ -848,8 +858,7 @@ class _Guard:
         if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
             raise RuntimeError(
                 "optimizer.step() was called, but this optimizer's steps are taken by updater.step(): leave it out. "
-                "To go on without manic, call mechanic.hand_off() first. Of several Updaters on one optimizer only "
-                "the last may step. Nothing was changed."
+                "To go on without manic, call mechanic.hand_off() first. Nothing was changed."
             )
 
 

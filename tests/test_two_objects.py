@@ -172,7 +172,7 @@ def test_a_group_without_parameters_has_no_say_in_the_internal_rate() -> None:
     backward(model, 0)
     mechanic.step()
     updater.step()
-    assert optimizer.rates[0][0] == 2.0
+    assert [rate for rate, _ in optimizer.rates] == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -493,14 +493,14 @@ def test_what_hooks_before_the_base_step_do_counts(how: str, of_all: bool) -> No
             else:
                 optimizer.param_groups[0]["lr"] *= 0.9
 
-        register: Any = register_optimizer_step_pre_hook
         if drop_in:
-            optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(model.parameters(), lr=1e-4)
-            steppers, updater, register = [optimizer], optimizer.updater, register if of_all else optimizer
+            optimizer: Any = mechanize(torch.optim.AdamW, s_init=1e-3)(model.parameters(), lr=1e-4)
+            steppers, updater = [optimizer], optimizer.updater
         else:
             updater, mechanic = pair(model, lr=1e-4)
-            steppers, register = [mechanic, updater], register if of_all else updater.base_optimizer
-        handle = register(hook) if of_all else register.register_step_pre_hook(hook)
+            steppers, optimizer = [mechanic, updater], updater.base_optimizer
+        register = register_optimizer_step_pre_hook if of_all else optimizer.register_step_pre_hook
+        handle = register(hook)
         for step in range(20):
             backward(model, step)
             if how == "gradient":

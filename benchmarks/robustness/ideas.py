@@ -273,7 +273,7 @@ IDEAS = {
     "… at 1, 3, 9, 27, 81, 162": at(1, 3, 9, 27, 81, 162),
     "… at 1, 3, 9, 27, 81, 162, losses count 0.7": replace(at(1, 3, 9, 27, 81, 162), losses=0.7),
     "… at 1, 3, 9, 27, 81, 216": at(1, 3, 9, 27, 81, 216),
-    "… at none: Δ fades by t/(t + 3) until T, α = 0.25": replace(Idea(), turns=(), fade=3.0, rescaled=0.25),
+    "… at none: Δ fades by t/(t + 3) until T, α = 0.25": replace(at(), fade=3.0, rescaled=0.25),
     "… at 1, 3, 9, 27, 81, T = 162": replace(TRIPLED, learns=162),
     "the first scale = 10 s_init": Idea(stake=10.0),
     "α = 0.35": Idea(rescaled=0.35),

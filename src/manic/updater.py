@@ -138,7 +138,6 @@ class Updater:
         self._check_groups()
         self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
         self._nominal.find(self.param_groups)
-        self._in_step = False
         self._restored: dict[str, bool] = {}  # what has loaded a state since the last step: that of another one?
         _Guard.stand_before(self)
         self._parameter_count = 0
@@ -336,7 +335,7 @@ class Updater:
                 self.displacement.restore(before, self._scale)
             if isinstance(error, _NotFiniteError):
                 self._skip()
-                self._pending, self._parameter_count = True, -1  # the tuner has bet on it: not yet on what comes next
+                self._pending, self._parameter_count = True, -1  # so that mechanic.step() takes its bet back
                 return None
             raise
         self._pending, self._begin, self._skipped = False, None, 0
@@ -677,15 +676,13 @@ class Updater:
 
     @contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
-        """Have the base optimizer, whose step is ours now, see its rates times a factor."""
+        """Have the base optimizer see its rates times a factor."""
         given = [group["lr"] for group in self.param_groups]
-        self._in_step = True
         try:
             for group in self.param_groups:
                 group["lr"] = group["lr"] * factor
             yield
         finally:
-            self._in_step = False
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
@@ -853,7 +850,7 @@ class _Guard:
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         updater = self._updater()
-        if updater is None or updater._in_step:
+        if updater is None:
             return
         if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
             raise RuntimeError(

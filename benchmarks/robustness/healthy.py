@@ -9,7 +9,6 @@ norm the least, that was seen at any check of a run, and the threshold; then com
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,18 +23,14 @@ from tqdm import tqdm
 from train import GRIDS, SCHEDULES, Run, losses
 
 from manic import diagnosis
-from manic.diagnosis import Diagnosis, ScaleWarning
+from manic.diagnosis import Diagnosis, ScaleWarning, Signs
 
 
 class Seen(NamedTuple):
     """Of a run: the extremes over its checks, and the warnings."""
 
-    idle: float
-    growth: float
-    turns: float
-    turns_in_two: float
-    spread: float
-    warned: tuple[str, ...] = ()
+    signs: Signs
+    warned: tuple[str, ...]
 
 
 TITLES = {
@@ -50,35 +45,23 @@ TITLES = {
 def seen(run: Run) -> Seen:
     """Train, and note what every check sees."""
     torch.set_num_threads(1)
-    checks: list[Seen] = []
-    judge = Diagnosis._judge
+    checks: list[Signs] = []
+    read = Diagnosis._signs
 
-    def noting(self: Diagnosis, step: int, rows: list[tuple[float, ...]]) -> None:
-        bets = [reward for _, learned, _, reward, *_ in rows if learned]
-        norms = [math.sqrt(square) for *_, square, _ in rows]
-        largest = (self._largest or (math.sqrt(rows[0][-1]), 0))[0]
-        turns = diagnosis._turns(tuple(row[2] for row in rows))
-        checks.append(
-            Seen(
-                idle=sum(reward <= 0 for reward in bets) / len(bets) if len(bets) > diagnosis.WINDOW // 4 else 0.0,
-                growth=math.sqrt(rows[-1][-1]) / largest,
-                turns=turns,
-                turns_in_two=min(turns, self._turns),
-                spread=(max(norms) - min(norms)) / max(norms),
-            )
-        )
-        judge(self, step, rows)
+    def noting(self: Diagnosis, rows: list[tuple[float, ...]]) -> Signs:
+        checks.append(read(self, rows))
+        return checks[-1]
 
-    with warnings.catch_warnings(record=True) as caught, mock.patch.object(Diagnosis, "_judge", noting):
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(Diagnosis, "_signs", noting):
         warnings.simplefilter("always", ScaleWarning)
         losses(run)
-    return extremes(checks)._replace(warned=tuple(str(one.message) for one in caught if one.category is ScaleWarning))
+    return Seen(extremes(checks), tuple(str(one.message) for one in caught if one.category is ScaleWarning))
 
 
-def extremes(all_seen: Iterable[Seen]) -> Seen:
+def extremes(all_signs: Iterable[Signs]) -> Signs:
     """The most of each, and the least of the last."""
-    idle, growth, turns, turns_in_two, spread, _ = zip(*all_seen, strict=True)
-    return Seen(max(idle), max(growth), max(turns), max(turns_in_two), min(spread))
+    idle, growth, turns, turns_in_two, spread = zip(*all_signs, strict=True)
+    return Signs(max(idle), max(growth), max(turns), max(turns_in_two), min(spread))
 
 
 def main() -> None:
@@ -94,10 +77,10 @@ def main() -> None:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = dict(zip(runs, tqdm(pool.map(seen, runs), total=len(runs), unit="run"), strict=True))
 
-    whole = extremes(found.values())
+    whole = extremes(one.signs for one in found.values())
     print(f"| {len(runs)} runs of {options.steps} steps | at most | in the run | threshold |\n|---|---|---|---|")
     for name, (title, threshold) in TITLES.items():
-        run = next(run for run, one in found.items() if getattr(one, name) == getattr(whole, name))
+        run = next(run for run, one in found.items() if getattr(one.signs, name) == getattr(whole, name))
         print(f"| {title} | {getattr(whole, name):.3g} | {run.task}, {run.base}, {run.schedule} | {threshold} |")
     warned = {run: one.warned for run, one in found.items() if one.warned}
     print(f"\n{len(warned)} runs were warned.")

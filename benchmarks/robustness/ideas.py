@@ -87,6 +87,9 @@ class Idea:
         s_decay: λ.
         charged: a key of `OF_PASSES`: what λ is times, by the number of passes over the data so far; it is 0 after T.
         published_decay: the λ term has the scale in it.
+        midway: until T, h is <Δ, g> and this times <u, g> of the step before; with 1/2 it says, in a bowl, how far the
+            loss has fallen.
+        along: until T, h is of what the base optimizer adds, over the schedule's factor, in place of minus g.
         delay: h is measured with a Δ that lacks the last updates: this share of those since x_ref moved.
         rescaled: α, how much of a change of the scale moves x along Δ.
         fade: in step t, Δ is multiplied by t/(t + fade), and x_ref moves along.
@@ -161,6 +164,8 @@ class Idea:
     s_decay: float = 0.0
     charged: str = ""
     published_decay: bool = False
+    midway: float = 0.0
+    along: bool = False
     delay: float = 0.0
     rescaled: float = tuner.RESCALED
     fade: float = 0.0
@@ -295,6 +300,15 @@ IDEAS = {
     "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
+    "h of a point midway": Idea(midway=0.5),
+    "h of a point midway, by half": Idea(midway=0.25),
+    "h of a point midway, by a tenth": Idea(midway=0.1),
+    "h of a point midway, by half, given the epoch": replace(TOLD_NOW, midway=0.25),
+    "h of a point midway, by half, losses in full, given the epoch": replace(TOLD_EVEN, midway=0.25),
+    "h of a point midway, by a tenth, losses in full, given the epoch": replace(TOLD_EVEN, midway=0.1),
+    "h along the coming update": Idea(along=True),
+    "h of an older Δ": Idea(delay=1 / 8),
+    "h of an older Δ, given the epoch": replace(TOLD_NOW, delay=1 / 8),
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
     "… what repeats uphill counts in full: ω = 1, given the epoch": replace(TOLD_NOW, uphill=1.0),
@@ -557,6 +571,7 @@ class Tuner:
             ]
         )
         self.scale = torch.zeros(len(stack.seeds), int(self.group.max()) + 1, dtype=torch.float64)
+        self.descent = self.scale
         self.start = torch.full((*self.scale.shape, 1), idea.s_init or 0.0, dtype=torch.float64)
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
@@ -580,12 +595,18 @@ class Tuner:
     def step(self, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
+        learning = self.count < idea.learns
         h = self.product(delta, g)
+        if idea.along and learning and part > 0:
+            h = -self.product(delta, u) / part
+        if idea.midway:
+            before, self.descent = self.descent, self.product(u, g)
+            h = torch.where(h != 0, h + learning * idea.midway * before, h)
         if idea.s_decay:
             weight = idea.s_decay * (self.scale if idea.published_decay else 1.0)
             if idea.charged:
                 e = (self.count + 1) / self.steps_per_epoch
-                weight *= OF_PASSES[idea.charged](e) * (self.count < idea.learns)
+                weight *= OF_PASSES[idea.charged](e) * learning
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:

@@ -400,8 +400,19 @@ def deep() -> Task:
     return Task("deep", lambda: nn.Sequential(*hidden(), nn.Linear(64, 10)), cross_entropy, *digits())
 
 
+def residual_lines() -> Task:
+    """`lines` by a residual net whose blocks start at zero."""
+    return replace(lines(), name="residual lines", make=lambda: Residual(256, 32, 6, blocks=3))
+
+
+def residual_autoencoder() -> Task:
+    """`autoencoder` with such a net behind the waist."""
+    make = lambda: nn.Sequential(nn.Linear(64, 8), Residual(8, 32, 64, blocks=3))  # noqa: E731
+    return replace(autoencoder(), name="residual autoencoder", make=make)
+
+
 CHOOSING = (diabetes, convolution, augmented, transformer, autoencoder, lines, new_digits)
 REPORTED = (tumours, residual, recurrent, factors, picture, new_text)
-APART = (deep,)  # for ideas
+APART = (deep, residual_lines, residual_autoencoder)  # for ideas
 TASKS = {function.__name__: functools.cache(function) for function in CHOOSING + REPORTED + APART}
 CHEAP = ("diabetes", "autoencoder", "lines", "new_digits", "tumours", "factors", "picture")

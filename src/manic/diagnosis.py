@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,24 @@ class ScaleWarning(UserWarning):
         >>> import warnings
         >>> warnings.filterwarnings("ignore", category=ScaleWarning)  # hides it
     """
+
+
+class Signs(NamedTuple):
+    """What a check judges by.
+
+    Attributes:
+        idle: the share of the window's bets that left all reward at 0; 0 if there were too few.
+        growth: of the parameters' norm, beside its largest at the checks before.
+        turns: of the scale in the window, each after a change by a factor of 2.
+        turns_in_two: in each of this window and the last.
+        spread: of the gradient's norm in the window, relative.
+    """
+
+    idle: float
+    growth: float
+    turns: int
+    turns_in_two: int
+    spread: float
 
 
 class Diagnosis:
@@ -68,31 +86,44 @@ class Diagnosis:
         learned, *columns = zip(*(self._seen[i] for i in steps), strict=True)
         self._seen = {}
         scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
-        read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *squares], 1).tolist()
+        norms = [square.sqrt() for square in squares]
+        read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *norms], 1).tolist()
         places = zip(steps, learned, read, strict=True)
         rows = [(i, bet, *row) for i, bet, row in places if all(map(math.isfinite, row))]
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
 
-    def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
-        steps, learned, scales, rewards, grad_squares, param_squares = zip(*rows, strict=True)
-        low, high = math.sqrt(min(grad_squares)), math.sqrt(max(grad_squares))
-        norm, pinned = math.sqrt(param_squares[-1]), high - low < SPREAD * high
-        largest, at = self._largest or (math.sqrt(param_squares[0]), steps[0])
+    def _signs(self, rows: list[tuple[Any, ...]]) -> Signs:
+        _, learned, scales, rewards, gradients, norms = zip(*rows, strict=True)
+        idle = [reward <= 0 for reward, bet in zip(rewards, learned, strict=True) if bet]
+        largest = self._largest[0] if self._largest else norms[0]
+        low, high, turns = min(gradients), max(gradients), _turns(scales)
+        return Signs(
+            idle=sum(idle) / len(idle) if len(idle) > WINDOW // 4 else 0.0,
+            growth=norms[-1] / largest if largest > 0 else 0.0,
+            turns=turns,
+            turns_in_two=min(turns, self._turns),
+            spread=(high - low) / high if high > 0 else math.inf,
+        )
 
-        bets = [i for i, bet in enumerate(learned) if bet]
-        if len(bets) > WINDOW // 4 and max(rewards[i] for i in bets) <= 0:
+    def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
+        signs = self._signs(rows)
+        steps, learned, scales, _, gradients, norms = zip(*rows, strict=True)
+        largest, at = self._largest or (norms[0], steps[0])
+        if signs.idle == 1:
+            bets = [i for i, bet in enumerate(learned) if bet]
             self._tell(
                 "start",
                 f"At step {steps[bets[-1]]} the scale is at its start, {scales[bets[-1]]:.3g}: at none of the last "
-                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was {low:.3g} to "
-                f"{high:.3g}. There may be nothing to gain, or the optimizer's updates lead uphill: is the gradient "
-                "zero, or is it that of another loss, or does the optimizer maximize? rule='paper' may stay at its "
-                "start for ever.",
+                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was "
+                f"{min(gradients):.3g} to {max(gradients):.3g}. There may be nothing to gain, or the optimizer's "
+                "updates lead uphill: is the gradient zero, or is it that of another loss, or does the optimizer "
+                "maximize? rule='paper' may stay at its start for ever.",
             )
+        pinned = signs.spread < SPREAD
         pinned_lately, self._pinned = pinned or self._pinned, pinned
-        if norm > (PINNED_GROWTH if pinned_lately else GROWTH) * largest > 0:
-            grew = f"From step {at} to {step} the norm of the parameters grew from {largest:.3g} to {norm:.3g}"
+        if signs.growth > (PINNED_GROWTH if pinned_lately else GROWTH):
+            grew = f"From step {at} to {step} the norm of the parameters grew from {largest:.3g} to {norms[-1]:.3g}"
             if pinned_lately:
                 self._tell(
                     "pinned",
@@ -106,16 +137,15 @@ class Diagnosis:
                     f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is the loss bounded from "
                     "below? Let the schedule decay to zero, or give Mechanic a max_scale.",
                 )
-        turns = _turns(scales)
-        if min(turns, self._turns) >= TURNS:
+        if signs.turns_in_two >= TURNS:
             self._tell(
                 "oscillation",
-                f"In the {len(rows)} steps up to {step} the scale turned {turns} times, each time after a change by a "
-                f"factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}, and it did so before the last "
-                "check too. What is right for some steps is wrong for the next: shuffle the data, or average over "
+                f"In the {len(rows)} steps up to {step} the scale turned {signs.turns} times, each time after a change "
+                f"by a factor of 2 or more, between {min(scales):.3g} and {max(scales):.3g}, and it did so before the "
+                "last check too. What is right for some steps is wrong for the next: shuffle the data, or average over "
                 "larger batches.",
             )
-        self._largest, self._turns = max((norm, step), (largest, at)), turns
+        self._largest, self._turns = max((norms[-1], step), (largest, at)), signs.turns
 
     def _tell(self, ailment: str, message: str) -> None:
         self._once.warn(ailment, f"{message} See {HELP}", ScaleWarning)

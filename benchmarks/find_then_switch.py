@@ -6,6 +6,7 @@ a half on one CPU core.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
@@ -125,6 +126,7 @@ def spread(rates: Iterable[float]) -> str:
 
 def main() -> None:
     """Run everything."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     seeds = range(SEEDS)
     print("| | test loss | rate | extra steps |\n|---|---|---|---|")

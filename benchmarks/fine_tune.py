@@ -6,6 +6,7 @@ table of ``docs/groups.md``; some minutes on one CPU core.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -157,16 +158,17 @@ def accuracy(way: str, fresh: bool, steps: int, seed: int, lr: float | None, s_i
 
 def main() -> None:
     """Run everything."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     columns = ("manic", "manic, s_init = 1e-6", "AdamW, lr = 1e-3", f"AdamW, best of {len(GRID)} rates")
-    print(f"| steps | | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
-    for steps in LENGTHS:
-        for way, fresh in [*((way, False) for way in WAYS), ("all layers", True)]:
+    print(f"| | steps | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
+    for way, fresh in [*((way, False) for way in WAYS), ("all layers", True)]:
+        for steps in LENGTHS:
             ours = (fine_tuned(way, fresh, steps), fine_tuned(way, fresh, steps, s_init=1e-6))
             found = {lr: fine_tuned(way, fresh, steps, lr) for lr in GRID}
             best = max(found, key=lambda lr: found[lr])
             cells = [f"{percent:.1f} %" for percent in (*ours, found[GRID[0]], found[best])]
-            print(f"| {steps} | {'not pretrained, ' * fresh}{way} | {' | '.join(cells)} at {best:.1g} |", flush=True)
+            print(f"| {'not pretrained, ' * fresh}{way} | {steps} | {' | '.join(cells)} at {best:.1g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,7 @@ IDEAS = {
     "… bets are not clipped": Idea(clip=False),
     "… bets go on to the end": Idea(learns=math.inf, short=0, premium=1.0),
     "… after T, Δ starts again at 3 T, 9 T, …": Idea(short=0),
+    "… after T, the scale stays": Idea(until=tuner.LEARNS),
     "… noise counts for nothing": Idea(seen="never"),
     "… signal is not bounded": Idea(unusual=math.inf),
     "… the schedule counts in full: π = 1": Idea(premium=1.0),

@@ -8,6 +8,7 @@ after 5 % of warmup; it says how far manic's final validation loss is above the 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -88,6 +89,7 @@ def row(name: str) -> list[tuple[float, float, float]]:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| | " + " | ".join(CHOSEN) + " | wrong by half a decade |")
     print("|---|" + "---|" * (len(CHOSEN) + 1))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

@@ -1,7 +1,7 @@
 """Thirteen small tasks on real data that comes with scikit-learn and with Python itself; nothing is downloaded.
 
 Each is a model, a loss and data in two parts. Rules were chosen on the seven tasks of `CHOOSING` and are reported on
-the six of `REPORTED`, the test tasks, which no choice has seen.
+the six of `REPORTED`, the test tasks, on which nothing was chosen.
 """
 
 from __future__ import annotations

@@ -179,6 +179,8 @@ class Mechanic:
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, or a parameter group has ``maximize`` or ``differentiable``.
+            RuntimeError: after `hand_off`, or where of this and the updater one alone has loaded the state of another
+                step.
 
         Warns:
             ScaleWarning: once for each of these.

@@ -282,7 +282,9 @@ class Updater:
             What the base optimizer's ``step`` returned: the loss, if a closure was given. ``None`` for a skipped step.
 
         Raises:
-            RuntimeError: there was no ``mechanic.step()`` before.
+            RuntimeError: there was no ``mechanic.step()`` before, or parameters were added since; a ``GradScaler`` has
+                not unscaled the gradients; another Updater was built on the optimizer since; or after `hand_off`.
+            FloatingPointError: with ``nonfinite="raise"``, the gradient after the closure is not finite.
         """
         try:
             return self._step(closure)

@@ -378,6 +378,9 @@ ERRORS = [
     (lambda: run(SGDConfig(lr=1.0, maximize=True)), ValueError, r"maximize=True.*expected False.*negative"),
     (lambda: run(grads={"w": torch.ones(3)}), ValueError, r"grads\['w'\].*\(3,\); expected a tensor of shape \(2,\)"),
     (lambda: run(delta={"v": torch.ones(2)}), ValueError, r"key"),
+    (lambda: run(step=lambda p, g, s, c: p), TypeError, r"The stepper returned \{'w'.*expected \(params, state\)"),
+    (lambda: run(step=lambda p, g, s, c: ({"w": p["w"].sum()}, s)), TypeError, r"returned .*like those that it got"),
+    (lambda: run(step=lambda p, g, s, c: ({"v": p["w"]}, s)), TypeError, r"returned .*like those that it got"),
     (lambda: mechanize(sgd_step).init({}, ()), ValueError, r"params has no tensors"),
     (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), 0.0), ValueError, r"lr is 0.0; expected .* number > 0"),
     (lambda: mechanize(sgd_step).init({"w": torch.ones(2)}, (), "1"), ValueError, r"lr is '1'; expected .* number > 0"),
@@ -385,10 +388,10 @@ ERRORS = [
 ]
 
 
-def run(config=None, grads=None, delta=None, state=None):
+def run(config=None, grads=None, delta=None, state=None, step=sgd_step):
     config = config or SGDConfig(lr=1.0)
     params = {"w": torch.ones(2)}
-    init, step = mechanize(sgd_step)
+    init, step = mechanize(step)
     state = state or init(params, sgd_init(params, config))
     step(params, grads or params, state if delta is None else state._replace(delta=delta), config)
 

@@ -116,6 +116,9 @@ def test_a_value_is_one_number() -> None:
             History().record(loss=value)  # type: ignore
     with pytest.raises(TypeError, match="loss is complex; expected a real number"):
         History().record(loss=torch.tensor(1j))
+    spread = type("Spread", (torch.Tensor,), {"full_tensor": lambda self: self})  # as a DTensor is
+    with pytest.raises(TypeError, match=r"norm is spread over ranks.*norm\.full_tensor\(\), called on every rank"):
+        History().record(norm=torch.ones(()).as_subclass(spread))
     with pytest.raises(ValueError, match=r"loss has shape \(3,\); expected one number, such as its mean\(\)"):
         History().record(loss=torch.ones(3))
 

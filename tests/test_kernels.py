@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from problems import OPTIMIZERS, backward, batch, flat, make_net, relative_difference
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, Updater, mechanize
 from manic.kernels import choose, compiled, plain
@@ -233,6 +235,35 @@ def test_without_a_working_compiler_the_plain_form_goes_on(monkeypatch: pytest.M
     x, g, reference, delta = tensors(100, torch.float32)
     assert torch.equal(sums(compiled, x, g, reference, delta), sums(plain, x, g, reference, delta))
     assert not compiled.can_take(x)
+
+
+class Watching(TorchDispatchMode):
+    """Sees all operations, as a ``FlopCounterMode`` does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+NOT_COMPILING = {"watched": Watching, "switched off": lambda: torch.compiler.set_stance("force_eager")}
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="an older torch")
+@pytest.mark.parametrize("off", NOT_COMPILING.values(), ids=NOT_COMPILING)
+@pytest.mark.parametrize("stored", [True, False])
+def test_where_torch_does_not_compile_nothing_moves_twice(off: Any, stored: bool) -> None:
+    results = []
+    for form, where in ((plain, nullcontext), (compiled, off), (compiled, nullcontext)):
+        x, g, reference, delta = tensors(1000, torch.float32)
+        moved, kept = x + g, delta if stored else None
+        with where():
+            total = sums(form, x, g, reference, kept)
+            move(form, moved, reference, kept, None if stored else x, WEIGHTS)
+        results.append((total, moved, reference, delta))
+    for got in results[1:]:
+        assert relative_difference(got[0], results[0][0]) < 1e-5
+        assert all(map(torch.equal, got[1:], results[0][1:]))
+    assert compiled.can_take(x)
 
 
 @pytest.mark.parametrize("drop_in", [False, True])

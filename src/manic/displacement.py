@@ -411,7 +411,7 @@ class Displacement:
 
     Attributes:
         slots: what is kept of each parameter.
-        joined: the elements of parameters that `refresh` saw for the first time since the last move.
+        joined: whether `refresh` saw a parameter for the first time since the last move.
         newcomers: the parameters that were seen for the first time, and that nobody has counted yet.
         packings: how often other parameters took part than before.
         rescaled: α.
@@ -425,7 +425,7 @@ class Displacement:
         self.rescaled: float = 1.0
         self.eps: float = 1e-8
         self.slots: dict[Tensor, Slot] = {}
-        self.joined: int = 0
+        self.joined: bool = False
         self.newcomers: set[Tensor] = set()
         self.packings: int = 0
         self._reduction: Reduction | None = None
@@ -460,7 +460,7 @@ class Displacement:
                 continue
             if slot is None:
                 slot = self.slots[parameter] = self._slot(parameter)
-                self.joined += parameter.numel()
+                self.joined = True
                 self.newcomers.add(parameter)
             elif changed or slot.away or slot.is_changed():
                 lost |= slot.keep_change(self.rescaled * scale, self.rescaled, changed=changed)
@@ -506,7 +506,7 @@ class Displacement:
             delta_grad, delta_param = delta_grad / divisor, delta_param / divisor
         return Sums(delta_grad, delta_param, grad_square, param_square)
 
-    def begin(self) -> list[list[Tensor]] | None:
+    def backup(self) -> list[list[Tensor]] | None:
         """What must be kept of x over a base step: nothing if Δ is stored, else a copy of every parameter."""
         return None if self.store_delta else [bucket.backup() for bucket in self._buckets]
 
@@ -514,7 +514,7 @@ class Displacement:
         """Undo what a base step that failed did to the parameters.
 
         Args:
-            before: from `begin`.
+            before: from `backup`.
             scale: the scale in force, 0-d.
         """
         for i, bucket in enumerate(self._buckets):
@@ -554,7 +554,7 @@ class Displacement:
         """Make what a base step did to the parameters their update u, and move them as (7') says.
 
         Args:
-            before: from `begin`.
+            before: from `backup`.
             old_scale: the scale in force before the step, 0-d.
             scale: the scale from now on, 0-d.
             finite: 0-d bool, ``False`` if the base step was skipped on the device, and x has to stay as it is.
@@ -564,7 +564,7 @@ class Displacement:
         for i, bucket in enumerate(self._buckets):
             start = None if before is None else before[i]
             bucket.move(start, *(_placed(value, bucket.device) for value in (weights, finite, restart)))
-        self.joined = 0
+        self.joined = False
         self._stamp()
 
     def _stamp(self) -> None:

@@ -23,9 +23,9 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     gradient: Any = parameter.grad
     if gradient is None or local(parameter) is parameter:
         return gradient
-    placements = getattr(parameter, "placements")  # noqa: B009
-    if gradient.placements != placements:
-        gradient = gradient.redistribute(placements=placements)
+    like: Any = parameter
+    if gradient.placements != like.placements:
+        gradient = gradient.redistribute(placements=like.placements)
     return local(gradient)
 
 

@@ -71,6 +71,11 @@ class History:
                 raise ValueError(f"{name!r} is recorded at every step already; expected another name.")
             if not isinstance(value, numbers.Real | Tensor):
                 raise TypeError(f"{name} is {value!r:.60}; expected a number, or a tensor of one element.")
+            if hasattr(value, "full_tensor"):
+                raise TypeError(
+                    f"{name} is spread over ranks, as the norm of clip_grad_norm_ is under FSDP2; expected a number, "
+                    f"or a tensor of one element. Record {name}.full_tensor(), called on every rank."
+                )
             if isinstance(value, Tensor) and value.is_complex():
                 raise TypeError(f"{name} is complex; expected a real number, such as its abs().")
             if isinstance(value, Tensor) and value.numel() != 1:

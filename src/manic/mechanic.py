@@ -241,10 +241,10 @@ class Mechanic:
         for state in states:
             torch._foreach_copy_(list(state), list(tuner.widen(state, ratio, factor)))  # type: ignore
         self._since = updater._count()
-        updater._begin_anew(states[-1].scales.sum())
-        return sums._replace(
-            delta_grad=sums.delta_grad - sums.delta_grad, delta_param=sums.delta_param - sums.delta_param
-        )
+        updater.displacement.restart()
+        updater._scale.copy_(states[-1].scales.sum())
+        nothing = torch.zeros_like(sums.delta_grad)
+        return sums._replace(delta_grad=nothing, delta_param=nothing)
 
     def _seeks(self, step: int) -> bool:
         """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.

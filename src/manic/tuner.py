@@ -366,20 +366,14 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
     return config.rule != "manic" or step <= config.learning_steps
 
 
-def seen(step: Any, config: TunerConfig) -> Any:
-    """e: how often the rows of a step, counted from 1, were seen before, about; of numbers and tensors as `restarts`.
-
-    Returns:
-        ``None`` if the steps of an epoch are not known.
+def seen(step: Any, config: TunerConfig) -> Tensor | None:
+    """e: how often the rows of a step, counted from 1, were seen before, about; ``None`` if E is not known.
 
     Example:
-        >>> [seen(step, TunerConfig(steps_per_epoch=100)) for step in (50, 100, 250)], seen(50, TunerConfig())
-        ([0.0, 0.0, 1.5], None)
+        >>> seen(torch.tensor([50.0, 100.0, 250.0]), TunerConfig(steps_per_epoch=100))
+        tensor([0.0000, 0.0000, 1.5000])
     """
-    if config.steps_per_epoch is None:
-        return None
-    before = step / config.steps_per_epoch - 1
-    return (before + abs(before)) / 2
+    return None if config.steps_per_epoch is None else (step / config.steps_per_epoch - 1).clamp(min=0)
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:

@@ -230,18 +230,13 @@ class Updater:
         newcomers, self.displacement.newcomers = self.displacement.newcomers, set()
         if self.displacement.process_group is not None:
             return 0.0, 0.0
-        rates = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
+        pairs = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
         slots = self.displacement.slots
-        sizes = {x: x.numel() * rate**2 for group, rate in rates for x in group["params"] if x in slots}
+        sizes = {x: x.numel() * rate**2 for group, rate in pairs for x in group["params"] if x in slots}
         older = sum(size for x, size in sizes.items() if x not in newcomers)
         new = sum(size for x, size in sizes.items() if x in newcomers and not slots[x].away)
         now = sum(size for x, size in sizes.items() if not slots[x].away)
         return (new / now, min(1.0, older / now)) if now > 0 and older > 0 else (0.0, 0.0)
-
-    def _begin_anew(self, scale: Tensor) -> None:
-        """Set the scale in force, 0-d, in the tuner's units, and have Δ start again from 0."""
-        self.displacement.restart()
-        self._scale.copy_(scale)
 
     def _propose(
         self,
@@ -312,13 +307,12 @@ class Updater:
 
         restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
         with torch.no_grad():
-            before = self.displacement.begin() if one_pass is None else None
+            before = self.displacement.backup() if one_pass is None else None
         try:
             with (
                 self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
-                _held_step_hooks(self.base_optimizer, "pre"),  # they were called before h was taken
-                _held_step_hooks(self.base_optimizer, "post"),  # they would see an unscaled step
+                _held_step_hooks(self.base_optimizer),
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -449,18 +443,14 @@ class Updater:
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            with (
-                self._rates_times(0),
-                _held_step_hooks(self.base_optimizer, "pre"),
-                _held_step_hooks(self.base_optimizer, "post"),
-            ):
+            with self._rates_times(0), _held_step_hooks(self.base_optimizer):
                 self.base_optimizer.step()
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         self.displacement.refresh(self._parameters(), self._scale)
         self.displacement.newcomers.clear()
-        self.displacement.joined = 0
+        self.displacement.joined = False
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -744,11 +734,13 @@ def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held_step_hooks(optimizer: Optimizer, when: str) -> Iterator[None]:
-    """Those of one optimizer, and those of all."""
+def _held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Those before a step were called before h was taken, those after it would see one that is not scaled yet."""
     with (
-        held_hooks(optimizer, f"_optimizer_step_{when}_hooks"),
-        held_hooks(every_optimizer, f"_global_optimizer_{when}_hooks"),
+        held_hooks(optimizer, "_optimizer_step_pre_hooks"),
+        held_hooks(optimizer, "_optimizer_step_post_hooks"),
+        held_hooks(every_optimizer, "_global_optimizer_pre_hooks"),
+        held_hooks(every_optimizer, "_global_optimizer_post_hooks"),
     ):
         yield
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
-from manic.functional.tree import Tree, check_params, map_leaves, tree_where
+from manic.functional.tree import Tree, alike, check_params, map_leaves, tree_where
 from manic.kernels.plain import kept, scale_dtype, wide
 from manic.tuner import Sums, TunerConfig, TunerState
 
@@ -63,7 +63,8 @@ def mechanize(
         ``init`` and ``step``. The former takes the base's config, or the rate that a schedule multiplies as a number or
         a 0-d tensor: by it, and by the ``lr`` of each step's config, a warmup's first update is told from a small
         one. Both raise ValueError: ``init`` if that rate is not a finite number > 0, ``step`` if the base's config has
-        ``maximize=True``.
+        ``maximize=True``. ``step`` raises TypeError if the stepper does not return parameters like those given, and a
+        state.
 
     Source:
         Cutkosky, Defazio, Mehta, *Mechanic: A Learning Rate Tuner*, arXiv:2306.00144, Algorithm 1; see ``manic.tuner``.
@@ -128,7 +129,13 @@ def mechanize(
             return x, *kept(x, reference, delta, old, constants.rescaled)
 
         _, references, deltas = map_leaves(keep, params, grads, state.reference, state.delta)
-        tentative, base = step(params, grads, state.base, config)
+        returned = step(params, grads, state.base, config)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and alike(returned[0], params)):
+            raise TypeError(
+                f"The stepper returned {returned!r:.80}; expected (params, state), parameters like those that it got "
+                "and its next state."
+            )
+        tentative, base = returned
         sums = _sums(params, grads, deltas, scale)
         h = tuner.inner_product(sums, scale, constants)
         steps = state.steps + 1
@@ -159,15 +166,15 @@ def _begun(
     state: TunerState, grad_square: Tensor, before: Tree, after: Tree, factor: Tensor, config: TunerConfig
 ) -> TunerState:
     """`tuner.begin`, from the parameters before and after a base step."""
-    wide = state.start.dtype
+    dtype = state.start.dtype
 
     def squares(x: Tensor, moved: Tensor) -> Tensor:
-        x, moved = x.reshape(-1).to(wide), moved.reshape(-1).to(wide)
+        x, moved = x.reshape(-1).to(dtype), moved.reshape(-1).to(dtype)
         return torch.stack([x.square().sum(), (moved - x).square().sum()])
 
     leaves = tree_leaves(tree_map(squares, before, after))
     param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
-    count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=wide, device=state.start.device)
+    count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=dtype, device=state.start.device)
     return tuner.begin(state, grad_square, param_norm, update_norm / factor.clamp(max=1), count, config)
 
 

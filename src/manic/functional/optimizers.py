@@ -63,7 +63,7 @@ class SGDState(NamedTuple):
     """``step``, 0-d, the steps taken; ``momentum_buffer``, a tree like the parameters, or () without momentum."""
 
     step: Tensor
-    momentum_buffer: Tree
+    momentum_buffer: Tree = ()
 
 
 def sgd_init(params: Tree, config: SGDConfig) -> SGDState:
@@ -95,11 +95,9 @@ def sgd_step(params: Tree, grads: Tree, state: SGDState, config: SGDConfig) -> t
             g = g + config.momentum * buffer[0] if config.nesterov else buffer[0]
         return x - config.lr * g, *buffer
 
-    if not _on(config.momentum):
-        (params,) = map_leaves(rule, params, grads)
-        return params, SGDState(state.step + 1, ())
-    params, buffer = map_leaves(rule, params, grads, state.momentum_buffer)
-    return params, SGDState(state.step + 1, buffer)
+    buffer = (state.momentum_buffer,) if _on(config.momentum) else ()
+    params, *buffer = map_leaves(rule, params, grads, *buffer)
+    return params, SGDState(state.step + 1, *buffer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,13 @@ def tree_where(condition: Tensor, tree: Tree, other: Tree) -> Tree:
     return tree_map(lambda yes, no: torch.where(condition, yes, no), tree, other)
 
 
+def alike(tree: Tree, other: Tree) -> bool:
+    """Whether two trees have the same structure, and at every place a tensor of the same shape."""
+    (leaves, spec), (others, expected) = tree_flatten(tree), tree_flatten(other)
+    pairs = zip(leaves, others, strict=False)
+    return spec == expected and all(isinstance(leaf, Tensor) and leaf.shape == like.shape for leaf, like in pairs)
+
+
 def check_params(params: Tree) -> torch.device:
     """The device of the first parameter.
 

@@ -29,9 +29,8 @@ def choose(x: torch.Tensor, total: int) -> ModuleType:
         total: how many elements the model has on that device.
     """
     forced = _forced()
-    if forced == "plain" or not compiled.can_take(x):
-        return plain
-    return compiled if forced == "compiled" or total >= COMPILE_FROM else plain
+    wanted = forced == "compiled" or (forced != "plain" and total >= COMPILE_FROM)
+    return compiled if wanted and compiled.can_take(x) else plain
 
 
 def in_tables(x: torch.Tensor) -> bool:

@@ -24,6 +24,9 @@ logger: logging.Logger = logging.getLogger("manic")
 FEW = 8  # parts that are moved in one call
 LEAST = 2  # elements of a part that a compiled loop takes; 0 and 1 would be compiled in
 _works = True
+# Keeps a method out of graphs that torch.compile makes of its callers, as torch does its optimizers' methods: it works
+# on addresses and version counters, which a graph cannot hold, and kernels of its own do the work.
+outside_graphs = _disable_dynamo
 
 
 def can_take(x: Tensor) -> bool:
@@ -73,7 +76,18 @@ def alias(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
+class _NotCompiledError(Exception):
+    """Raised where torch runs a function as it is that it was to compile."""
+
+
+def _refuse_to_run_as_it_is() -> None:
+    """Operations on their own would need temporaries as large as the model, and torch fails after them."""
+    if not torch.compiler.is_compiling():
+        raise _NotCompiledError
+
+
 def _sums(x: Tensor, g: Tensor, reference: Tensor, delta: Tensor | None) -> Tensor:
+    _refuse_to_run_as_it_is()
     delta = (x - reference if delta is None else delta).double()  # the loop waits for memory, so float64 costs nothing
     x, g = x.double(), g.double()
     return torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
@@ -84,6 +98,7 @@ def _plain_sums(*row: Any) -> Tensor:
 
 
 def _move(rows: Any, weights: Tensor, restart: Tensor) -> None:
+    _refuse_to_run_as_it_is()
     old, new, final = weights.to(rows[0][0].dtype).unbind()
     for x, reference, delta, before in rows:
         if delta is None:
@@ -128,14 +143,6 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def outside_graphs(method: F) -> F:
-    """Keep a method out of graphs that ``torch.compile`` makes of its callers, as torch does its optimizers' methods.
-
-    It works on addresses and version counters, which a graph cannot hold; kernels of its own do the work.
-    """
-    return cast(F, _disable_dynamo(method))
-
-
 @functools.cache
 def one_launch(function: F) -> F:
     """A pure function compiled, for accelerators, where each of many small operations would be a launch."""
@@ -160,6 +167,8 @@ def _run(function: Callable[..., Any], otherwise: Callable[..., Any], *arguments
     if _works:
         try:
             return _compile(function)(*arguments)
+        except _NotCompiledError:
+            pass  # torch.compile is switched off, or somebody watches operations, as a FlopCounterMode does
         except Exception as error:  # compilers fail in many ways, all of them before the first element is touched
             _works = False
             logger.info("torch.compile does not work here (%s); going on without it.", error)

@@ -85,11 +85,11 @@ def move(
         restart: whether x_ref ← x, Δ ← 0 at the end; 0-d bool where only the device knows.
     """
     old, new, final = weights.unbind()
-    wide = references[0].dtype
-    scratch = torch.empty(0, dtype=wide, device=xs[0].device)
+    dtype = references[0].dtype
+    scratch = torch.empty(0, dtype=dtype, device=xs[0].device)
     for x, reference, kept, before in blocks(xs, references, deltas, befores):
         if scratch.numel() < x.numel():
-            scratch = torch.empty_like(x, dtype=wide)
+            scratch = torch.empty_like(x, dtype=dtype)
         work, start = scratch[: x.numel()], fetch(reference, x)
         if kept is None:
             work.copy_(fetch(before, x))
@@ -97,11 +97,11 @@ def move(
         else:
             delta = fetch(kept, x)
             point(start, delta, old, out=work)
-            if x.dtype != wide:
+            if x.dtype != dtype:
                 work.copy_(work.to(x.dtype))
         delta += torch.sub(x, work, out=work)
         start += work.mul_(final)
-        end = point(start, delta, new, out=x if x.dtype == wide else work)
+        end = point(start, delta, new, out=x if x.dtype == dtype else work)
         if end is not x:
             x.copy_(end)
         if restart is True:

@@ -99,20 +99,9 @@ def config_for_idx(idx: int) -> Config:
 def all_configs() -> tuple[Config, ...]:
     """The whole list, in the order in which to try it."""
     with resources.files("manic.opt_list").joinpath("nadamw.csv").open(encoding="utf-8") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{name: float(value) for name, value in row.items() if name != "idx"} for row in csv.DictReader(file)]
     return tuple(
-        Config(
-            lr=row["lr"],
-            betas=(row["beta1"], row["beta2"]),
-            eps=row["eps"],
-            decoupled_weight_decay=row["decoupled_weight_decay"],
-            l2_weight_decay=row["l2_weight_decay"],
-            nesterov=bool(row["nesterov"]),
-            warmup_fraction=row["warmup_fraction"],
-            constant_fraction=row["constant_fraction"],
-            final_lr_fraction=row["final_lr_fraction"],
-        )
-        for row in rows
+        Config(betas=(row.pop("beta1"), row.pop("beta2")), nesterov=bool(row.pop("nesterov")), **row) for row in rows
     )
 
 

@@ -419,6 +419,7 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
     [
         (lambda: Updater(sgd(), lr_scheduler.CosineAnnealingLR), "lr_scheduler is <class .*CosineAnnealingLR.*or None"),
         (lambda: Updater(sgd(), "cosine"), "lr_scheduler is 'cosine'; expected a scheduler"),
+        (lambda: Updater(sgd(), sgd()), "lr_scheduler is of type SGD; expected a scheduler"),
         (
             lambda: Updater(sgd(), PerEpoch()),
             r"type PerEpoch, whose step\(\) cannot be called without arguments \(.*'epoch'\).* after updater.step",
@@ -431,6 +432,11 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
         (lambda: Mechanic(Updater(sgd()), steps_per_epoch=True), "steps_per_epoch is True; expected a number > 0"),
         (lambda: Mechanic(Updater(sgd()), s_init=True), "s_init is True; expected a finite number > 0"),
         (lambda: Mechanic(Updater(sgd()), betas="0.9"), "betas is '0.9'; expected several numbers"),
+        (
+            lambda: Mechanic(Updater(sgd()), betas=torch.tensor(0.9)),
+            r"betas is tensor\(0.9.*\); expected several numbers",
+        ),
+        (lambda: Mechanic(Updater(sgd()), betas=torch.ones(2, 2)), r"(?s)betas is tensor\(.*; expected several numbers"),
         (lambda: Mechanic(Updater(sgd()), betas=["a"]), r"betas is \['a'\]; expected several numbers"),
         (lambda: Mechanic(Updater(sgd()), log_every=1.5), "log_every is 1.5; expected a whole number of steps"),
         (lambda: Mechanic(Updater(sgd()), log_every=None), "log_every is None; expected a whole number of steps"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from problems import backward, make_net
 
-from manic import History, Mechanic, Updater
+from manic import History, Mechanic, Updater, mechanize
 from manic import history as history_module
 from manic.plotting import plot_histories
 
@@ -93,6 +93,29 @@ def test_a_step_that_is_done_again_has_one_row() -> None:
     assert history["step"] == [1, 2, 3]
 
 
+def test_two_tuners_may_share_one() -> None:
+    history = History()
+    nets = [make_net(), make_net()]
+    optimizers = [mechanize(torch.optim.AdamW, log_func=history)(net.parameters(), lr=1.0) for net in nets]
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            backward(net, step)
+            optimizer.step()
+    assert history["step"] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_first_call_that_logs_nothing_leaves_the_row_before() -> None:
+    history, model = History(), make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, log_func=history)
+    for step in range(3):
+        backward(model, step)
+        mechanic.step(tune=False)
+        mechanic.step()
+        updater.step()
+    assert history["step"] == [1, 2, 3]
+
+
 def test_what_was_recorded_stays_when_a_step_is_done_again() -> None:
     history, model = History(), make_net()
     updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -121,6 +144,10 @@ def test_a_value_is_one_number() -> None:
         History().record(norm=torch.ones(()).as_subclass(spread))
     with pytest.raises(ValueError, match=r"loss has shape \(3,\); expected one number, such as its mean\(\)"):
         History().record(loss=torch.ones(3))
+    history = recorded(2)[0]
+    with pytest.raises(ValueError, match="'step' is recorded"):
+        history.record(late=1.0, step=2)
+    assert not history._next
 
 
 @pytest.mark.parametrize("name", ["step", "scale", "h", "skipped", "lr_0"])

@@ -95,6 +95,9 @@ def test_move(numel: int, dtype: torch.dtype, stored: bool, restart: bool | Tens
     moved = after.clone()
     move(plain, moved, reference, delta if stored else None, None if stored else before, WEIGHTS, restart)
     assert torch.equal(moved, end.to(dtype))
+    if not stored and dtype == torch.bfloat16:  # x_ref fits the rounded x
+        end = moved.to(end.dtype)
+        start = end - grown * new
     assert torch.equal(reference, end if restart else start)
     assert not stored or torch.equal(delta, torch.zeros_like(delta) if restart else grown)
 

@@ -153,25 +153,33 @@ def test_an_optimizer_with_two_sets_of_weights_is_refused() -> None:
 
 
 class Rebinding(torch.optim.Optimizer):
-    """Puts its parameters into new memory, as examples in textbooks do."""
+    """Puts its parameters into new memory, as examples in textbooks do, once some steps are over."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3, after: int = 0) -> None:
         super().__init__(params, {"lr": lr})
+        self.to_come = after
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.data = p.data - group["lr"] * p.grad
+                    p.add_(p.grad, alpha=-group["lr"])
+                    p.data = p.data if self.to_come else p.data.clone()
+        self.to_come = max(0, self.to_come - 1)
 
 
+@pytest.mark.parametrize("after", [0, 5])
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_an_optimizer_that_does_not_write_in_place_is_refused(store_delta: bool) -> None:
+def test_an_optimizer_that_does_not_write_in_place_is_refused(store_delta: bool, after: int) -> None:
     """It would train at the rate given, out of the scale's reach."""
     model = make_net()
-    updater = Updater(Rebinding(model.parameters(), lr=1.0), store_delta=store_delta)
+    updater = Updater(Rebinding(model.parameters(), lr=1.0, after=after), store_delta=store_delta)
     mechanic = Mechanic(updater)
+    for _ in range(after):
+        backward(model, 0)
+        mechanic.step()
+        updater.step()
     before = flat(model)
     for _ in range(2):
         backward(model, 0)

@@ -1048,6 +1048,54 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
     assert evaluate(model.cpu(), dtype) < 0.8 * before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_displacement_that_is_recomputed_does_as_well(dtype: torch.dtype) -> None:
+    """In bfloat16 too: what x is rounded by is not taken for a way that was gone."""
+
+    def loss(store_delta: bool) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(dtype)
+        x = torch.randn(2048, 16)
+        y = x[:, :4].prod(1, keepdim=True) + x[:, 4:8].sum(1, keepdim=True) / 2
+        base = torch.optim.AdamW(model.parameters(), lr=1.0)
+        updater = Updater(base, lr_scheduler.CosineAnnealingLR(base, 400), store_delta=store_delta)
+        mechanic = Mechanic(updater)
+        for _ in range(400):
+            rows = torch.randint(2048, (64,))
+            updater.zero_grad()
+            nn.functional.mse_loss(model(x[rows].to(dtype)).float(), y[rows]).backward()
+            mechanic.step()
+            updater.step()
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(model(x.to(dtype)).float(), y))
+
+    stored = loss(store_delta=True)
+    assert stored < 1.1
+    assert loss(store_delta=False) < 1.03 * stored
+
+
+@pytest.mark.parametrize("numel", [10, 1 << 17], ids=["packed", "large"])
+def test_parameters_that_share_memory_are_refused(numel: int) -> None:
+    """Each would be moved by what was done to both. Parts of one tensor that lie side by side are well."""
+    whole = torch.randn(2 * numel)
+    first, second, other = nn.Parameter(whole[:numel]), nn.Parameter(whole[numel:]), nn.Parameter(torch.zeros(numel))
+    updater = Updater(torch.optim.SGD([first, second, other], lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(3):
+        if step == 2:
+            other.data = whole[1 : numel + 1]
+        before = whole.clone()
+        for parameter in (first, second, other):
+            parameter.grad = parameter.detach().clone()
+        if step < 2:
+            mechanic.step()
+            updater.step()
+            continue
+        with pytest.raises(ValueError, match=rf"of shapes \({numel},\) and .* share memory.*out.weight = embedding"):
+            mechanic.step()
+        assert torch.equal(whole, before)
+
+
 def test_complex_parameters() -> None:
     """A complex parameter is its real and imaginary parts."""
     target = torch.tensor([1 + 2j, -0.5j, 3.0], dtype=torch.complex128)
@@ -1184,8 +1232,11 @@ def test_hand_off_goes_on_as_a_frozen_scale(optimizer: str, scheduler: str) -> N
         schedule.load_state_dict(copy.deepcopy(updater.state_dict()["lr_scheduler"]))
     scale = float(updater.scale)
 
+    backward(model, 60)
+    mechanic.step()  # what it proposes is not in force yet
     plain, plain_schedule = mechanic.hand_off()
     assert plain is base
+    assert float(updater.scale) == scale
     start = flat(model)
     for step in range(60, 100):
         backward(model, step)

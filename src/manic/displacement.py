@@ -10,6 +10,7 @@ device's work and without the host waiting for it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -449,6 +450,9 @@ class Displacement:
 
         Returns:
             Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
+
+        Raises:
+            ValueError: two parameters share memory.
         """
         lost, touched = False, False
         active, key = [], []
@@ -468,6 +472,7 @@ class Displacement:
             active.append(slot)
             key += (id(parameter), slot.address)
         if key != self._key or self._reduction is None:
+            _check_apart(active)
             self._reduction = Reduction(parameters, self.process_group)
             self.slots = {parameter: self.slots[parameter] for parameter in parameters if parameter in self.slots}
             self._active, self._buckets, self._key = active, _pack(active, self._reduction), key
@@ -665,6 +670,19 @@ class Displacement:
 
     def _slot(self, parameter: Tensor) -> Slot:
         return Slot(parameter, store_delta=self.store_delta, offload=self.offload)
+
+
+def _check_apart(active: list[Slot]) -> None:
+    """Raise ValueError if two parameters share memory, which would be moved twice."""
+    dense = [(slot.address, slot) for slot in active if slot.reference.numel() and slot.is_dense()]
+    dense.sort(key=lambda pair: pair[0])
+    for (address, slot), (following, other) in itertools.pairwise(dense):
+        if following < address + slot.x().nbytes:
+            shapes = " and ".join(str(tuple(one.parameter.shape)) for one in (slot, other))
+            raise ValueError(
+                f"Two parameters, of shapes {shapes}, share memory, as after out.weight.data = embedding.weight.data; "
+                "expected one parameter in both places: out.weight = embedding.weight. Nothing was changed."
+            )
 
 
 def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:

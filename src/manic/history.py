@@ -50,8 +50,9 @@ class History:
         rates = {f"lr_{i}": rate for i, rate in enumerate(data["lr"])}
         row = {"step": data["iter_count"], "scale": data["s"], **rates, "h": data["h"], "skipped": data["skipped"]}
         rows = self._waiting or self._rows
-        again = rows.pop() if rows and rows[-1]["step"] == row["step"] else {}  # the step was taken back
-        self._waiting.append({**again, **row, **self._next})
+        again = data.get("again") and rows and rows[-1]["step"] == row["step"]
+        before = rows.pop() if again else {}
+        self._waiting.append({**before, **row, **self._next})
         self._next = {}
         if len(self._waiting) >= CHUNK:
             self._read()
@@ -80,7 +81,10 @@ class History:
                 raise TypeError(f"{name} is complex; expected a real number, such as its abs().")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
-            self._next[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+        self._next |= {
+            name: value.detach().clone() if isinstance(value, Tensor) else float(value)
+            for name, value in values.items()
+        }
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting)

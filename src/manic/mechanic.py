@@ -45,7 +45,8 @@ class Mechanic:
             at random. ``None``: not known.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
-            ``lr`` (effective learning rate per group). ``manic.History`` is one. ``None`` logs a line.
+            ``lr`` (effective learning rate per group); ``again`` (bool) if it was called for this step before.
+            ``manic.History`` is one. ``None`` logs a line.
         log_every: call it every so many steps; 0 means every step if a ``log_func`` is given, else never.
 
     Raises:
@@ -178,14 +179,16 @@ class Mechanic:
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
-            ValueError: a gradient is sparse, or a parameter group has ``maximize`` or ``differentiable``.
+            ValueError: a gradient is sparse, a parameter group has ``maximize`` or ``differentiable``, or two
+                parameters share memory.
             RuntimeError: after `hand_off`, or where of this and the updater one alone has loaded the state of another
                 step.
 
         Warns:
             ScaleWarning: once for each of these.
         """
-        step = self._steps + (not self.updater._pending)
+        again = self.updater._pending
+        step = self._steps + (not again)
         self._captured |= _is_captured(self._betas)
         scale = self.updater._observe()
         self._to(scale)
@@ -193,7 +196,7 @@ class Mechanic:
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
         sums = self.updater.displacement.sums(scale, complete=self._config.s_decay != 0 or seeks or judged)
         sums = self._welcome(sums, factor)
-        if not self.updater._pending:
+        if not again:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
@@ -223,7 +226,7 @@ class Mechanic:
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
         self.updater._propose(total, finite, begin, restart)
         if tune:
-            self._log(h)
+            self._log(h, again)
         if judged:
             self._diagnosis.watch(
                 self._steps, after, bool(learning), sums, self.updater._nominal.unit, self.updater.displacement.packings
@@ -352,7 +355,7 @@ class Mechanic:
             self._skipped = self._skipped.to(like.device)
             self._skipped_before = self._skipped_before.to(like.device)
 
-    def _log(self, h: Tensor) -> None:
+    def _log(self, h: Tensor, again: bool) -> None:
         every = self.log_every or (1 if self.log_func is not None else 0)
         if not every or self._steps % every:
             return
@@ -369,6 +372,7 @@ class Mechanic:
                 "h": h,
                 "lr": [scale * group["lr"] for group in self.updater.param_groups],
                 "skipped": self._skipped.clone(),
+                "again": again,
             }
         )
 

@@ -200,7 +200,7 @@ class Updater:
         last step are noticed, and that hooks before the base optimizer's step are called: what they do counts.
 
         Raises:
-            ValueError: a group has ``maximize`` or ``differentiable``.
+            ValueError: a group has ``maximize`` or ``differentiable``, or two parameters share memory.
         """
         self._check_open()
         self._check_restored()
@@ -379,8 +379,7 @@ class Updater:
 
     def _move(self, before: Any, finite: Tensor | None, restart: bool | Tensor) -> None:
         """Scale what the base step did."""
-        if self.displacement.joined or not self._steps:
-            self.displacement.check_memory()
+        self.displacement.check_memory()
         if self._begin is not None:
             self._next_scale.copy_(self._begin(*self._first_sizes()))
         self.displacement.move(before, self._scale, self._next_scale, finite, restart)
@@ -494,6 +493,7 @@ class Updater:
                 f"scale: multiply them (a schedule's base_lrs, as a rule) by {scale:.6g}, or give it to Updater."
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
+        self._take_back()
         self.displacement = Displacement(store_delta=self.displacement.store_delta)
         _Guard.leave(self.base_optimizer)
         self._handed_off = True
@@ -767,9 +767,10 @@ def _check_schedule(schedule: Any) -> None:
     if schedule is None or isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
         return
     step = getattr(schedule, "step", None)
-    if isinstance(schedule, type) or not callable(step):
+    if isinstance(schedule, type) or not callable(step) or hasattr(schedule, "param_groups"):
+        given = f"of type {type(schedule).__name__}" if isinstance(schedule, Optimizer) else repr(schedule)
         raise TypeError(
-            f"lr_scheduler is {schedule!r}; expected a scheduler, as in "
+            f"lr_scheduler is {given}; expected a scheduler, as in "
             "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."
         )
     try:

@@ -79,7 +79,8 @@ def move(
     Args:
         xs: parameters after the base step.
         references: x_ref, at least float32; it, Δ and ``befores`` may be in host memory.
-        deltas: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``befores`` is given.
+        deltas: Δ, with which x was x_ref + old · Δ before the step; ``None`` if ``befores`` is given, and x_ref ends
+            at the rounded x less new · Δ.
         befores: x before the step, from which Δ = (x - x_ref)/old is recomputed.
         weights: old, new and final, shape (3,).
         restart: whether x_ref ← x, Δ ← 0 at the end; 0-d bool where only the device knows.
@@ -104,6 +105,9 @@ def move(
         end = point(start, delta, new, out=x if x.dtype == dtype else work)
         if end is not x:
             x.copy_(end)
+            if kept is None:  # x_ref fits x as it is rounded, else the next Δ would be what was rounded away
+                end = work.copy_(x)
+                torch.sub(end, torch.mul(delta, new, out=start), out=start)
         if restart is True:
             start, delta = end, delta.zero_()
         elif restart is not False:

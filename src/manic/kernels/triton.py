@@ -168,15 +168,18 @@ def _finish_block(
 ):  # fmt: skip
     """x ← x_ref + new · Δ, x_ref and Δ stored, and what the next sums need of x and Δ."""
     end = moved * new + start
-    _store(reference, at, count, tl.where(restart, end, start), TAIL)
     point = end.to(x.dtype.element_ty).to(moved.dtype)
+    if not STORED:
+        point = tl.where(finite, point, was)
+        if x.dtype.element_ty != reference.dtype.element_ty:  # x_ref fits x as it is rounded
+            end = point
+            start = point - moved * new
+    _store(reference, at, count, tl.where(restart, end, start), TAIL)
     if STORED:
         moved = tl.where(restart, 0.0, moved)
         _store(delta, at, count, moved, TAIL)
         dx += moved * point
         xx += point * point
-    else:
-        point = tl.where(finite, point, was)
     _store(x, at, count, point, TAIL)
     return dx, xx
 

@@ -436,7 +436,10 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
             lambda: Mechanic(Updater(sgd()), betas=torch.tensor(0.9)),
             r"betas is tensor\(0.9.*\); expected several numbers",
         ),
-        (lambda: Mechanic(Updater(sgd()), betas=torch.ones(2, 2)), r"(?s)betas is tensor\(.*; expected several numbers"),
+        (
+            lambda: Mechanic(Updater(sgd()), betas=torch.ones(2, 2)),
+            r"(?s)betas is tensor\(.*; expected several numbers",
+        ),
         (lambda: Mechanic(Updater(sgd()), betas=["a"]), r"betas is \['a'\]; expected several numbers"),
         (lambda: Mechanic(Updater(sgd()), log_every=1.5), "log_every is 1.5; expected a whole number of steps"),
         (lambda: Mechanic(Updater(sgd()), log_every=None), "log_every is None; expected a whole number of steps"),

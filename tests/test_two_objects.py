@@ -348,6 +348,22 @@ def test_without_a_stored_displacement_a_change_starts_it_anew_and_says_so() -> 
     assert relative_difference(model.out.weight.detach(), changed) < 0.2
 
 
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
+def test_a_copy_notices_changes_before_its_first_step(copy_of: Any) -> None:
+    runs = []
+    for copied in (False, True):
+        model = make_net()
+        parts = model, *pair(model, store_delta=False)
+        train(*parts, range(60))
+        model, updater, mechanic = copy_of(parts) if copied else parts
+        with torch.no_grad():
+            model.out.weight.clamp_(-0.01, 0.01)
+        with pytest.warns(UserWarning, match="store_delta=True"):
+            train(model, updater, mechanic, range(60, 62))
+        runs.append(flat(model))
+    assert torch.equal(*runs)
+
+
 def test_a_copy_of_a_pending_run_has_nothing_of_the_mechanic() -> None:
     """Such as a log_func, which may not be one that can be pickled."""
     model = make_net()

@@ -49,7 +49,7 @@ class Slot:
         self.strides: tuple[int, ...] | None = real.stride() if self.is_dense() and not parameter.is_complex() else None
         self.reference: Tensor = self._empty(real.numel()).copy_(self.x())
         self.delta = self._empty(real.numel()).zero_() if store_delta else None
-        self._version: int | None = None  # not known of what was loaded or copied
+        self._version: int | None = None  # not known of what was loaded, or changed before it was copied
         self.address: int = 0
         self.away: bool = False
         self.stamp()
@@ -59,7 +59,12 @@ class Slot:
         self.settle()
         self.give_up()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
-        return {**self.__dict__, **kept, "_version": None}
+        return {**self.__dict__, **kept, "_version": None if self.is_changed() else self._version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._version is not None:
+            self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
 
     def leave(self) -> None:
         """Note that the scale goes on without the parameter."""

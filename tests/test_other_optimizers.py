@@ -164,8 +164,8 @@ class Rebinding(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.add_(p.grad, alpha=-group["lr"])
-                    p.data = p.data if self.to_come else p.data.clone()
+                    moved = p.data - group["lr"] * p.grad
+                    p.data = p.copy_(moved).data if self.to_come else moved
         self.to_come = max(0, self.to_come - 1)
 
 

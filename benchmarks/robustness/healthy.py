@@ -48,8 +48,8 @@ def seen(run: Run) -> Seen:
     checks: list[Signs] = []
     read = Diagnosis._signs
 
-    def noting(self: Diagnosis, rows: list[tuple[float, ...]]) -> Signs:
-        checks.append(read(self, rows))
+    def noting(self: Diagnosis, rows: list[tuple[float, ...]], largest: float) -> Signs:
+        checks.append(read(self, rows, largest))
         return checks[-1]
 
     with warnings.catch_warnings(record=True) as caught, mock.patch.object(Diagnosis, "_signs", noting):

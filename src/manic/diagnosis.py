@@ -93,10 +93,9 @@ class Diagnosis:
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
 
-    def _signs(self, rows: list[tuple[Any, ...]]) -> Signs:
+    def _signs(self, rows: list[tuple[Any, ...]], largest: float) -> Signs:
         _, learned, scales, rewards, gradients, norms = zip(*rows, strict=True)
         idle = [reward <= 0 for reward, bet in zip(rewards, learned, strict=True) if bet]
-        largest = self._largest[0] if self._largest else norms[0]
         low, high, turns = min(gradients), max(gradients), _turns(scales)
         return Signs(
             idle=sum(idle) / len(idle) if len(idle) > WINDOW // 4 else 0.0,
@@ -107,9 +106,9 @@ class Diagnosis:
         )
 
     def _judge(self, step: int, rows: list[tuple[Any, ...]]) -> None:
-        signs = self._signs(rows)
         steps, learned, scales, _, gradients, norms = zip(*rows, strict=True)
         largest, at = self._largest or (norms[0], steps[0])
+        signs = self._signs(rows, largest)
         if signs.idle == 1:
             bets = [i for i, bet in enumerate(learned) if bet]
             self._tell(

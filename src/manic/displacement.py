@@ -64,7 +64,7 @@ class Slot:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._version is not None:
-            self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
+            self.stamp(away=self.away)
 
     def leave(self) -> None:
         """Note that the scale goes on without the parameter."""
@@ -72,9 +72,9 @@ class Slot:
             self.stamp()
         self.away = True
 
-    def stamp(self) -> None:
+    def stamp(self, *, away: bool = False) -> None:
         """Note that the parameter is as we left it."""
-        self._version, self.address, self.away = version(self.parameter), local(self.parameter).data_ptr(), False
+        self._version, self.address, self.away = version(self.parameter), local(self.parameter).data_ptr(), away
 
     def is_changed(self) -> bool:
         """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""

@@ -67,6 +67,7 @@ class History:
             ValueError: a tensor has more, or the name is that of a column which is there already.
             TypeError: a value is neither.
         """
+        given: dict[str, Any] = {}
         for name, value in values.items():
             if name in ("step", "scale", "h", "skipped") or (name[:3] == "lr_" and name[3:].isdigit()):
                 raise ValueError(f"{name!r} is recorded at every step already; expected another name.")
@@ -81,10 +82,8 @@ class History:
                 raise TypeError(f"{name} is complex; expected a real number, such as its abs().")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number, such as its mean().")
-        self._next |= {
-            name: value.detach().clone() if isinstance(value, Tensor) else float(value)
-            for name, value in values.items()
-        }
+            given[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+        self._next |= given
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting)

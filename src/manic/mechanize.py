@@ -25,8 +25,8 @@ from manic.updater import Updater, check_kind, check_options, held_hooks
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-NUMBERS = "version kind config tuner scale unit steps since skipped taken dtypes rates"
-GROUP_KEYS = tuple(f"mechanic_{name}" for name in NUMBERS.split())
+NAMES = "version kind config tuner scale unit steps since skipped taken dtypes rates"
+GROUP_KEYS = tuple(f"mechanic_{name}" for name in NAMES.split())
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
 

@@ -208,8 +208,8 @@ class TunerConfig:
             raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}.")
         given = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
         several = isinstance(given, Iterable) and not isinstance(given, str)
-        betas = tuple(given) if several else ()
-        if not several or not all(isinstance(beta, numbers.Real) or _is_number(beta) for beta in betas):
+        betas = [b.item() if isinstance(b, Tensor) and b.numel() == 1 else b for b in given] if several else []
+        if not several or not all(isinstance(beta, numbers.Real) for beta in betas):
             raise TypeError(f"betas is {self.betas!r}; expected several numbers in [0, 1), as in betas=(0.9, 0.99).")
         object.__setattr__(self, "betas", tuple(float(beta) for beta in betas))
         if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
@@ -496,10 +496,6 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
     s = s * premium
     return state._replace(scales=s, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

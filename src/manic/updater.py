@@ -767,8 +767,9 @@ def _check_schedule(schedule: Any) -> None:
     if schedule is None or isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
         return
     step = getattr(schedule, "step", None)
-    if isinstance(schedule, type) or not callable(step) or hasattr(schedule, "param_groups"):
-        given = f"of type {type(schedule).__name__}" if isinstance(schedule, Optimizer) else repr(schedule)
+    optimizes = hasattr(schedule, "param_groups")
+    if isinstance(schedule, type) or not callable(step) or optimizes:
+        given = f"of type {type(schedule).__name__}" if optimizes else repr(schedule)
         raise TypeError(
             f"lr_scheduler is {given}; expected a scheduler, as in "
             "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."

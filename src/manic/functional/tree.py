@@ -63,7 +63,7 @@ def tree_where(condition: Tensor, tree: Tree, other: Tree) -> Tree:
 def alike(tree: Tree, other: Tree) -> bool:
     """Whether two trees have the same structure, and at every place a tensor of the same shape."""
     (leaves, spec), (others, expected) = tree_flatten(tree), tree_flatten(other)
-    pairs = zip(leaves, others, strict=False)
+    pairs = zip(leaves, others, strict=True)
     return spec == expected and all(isinstance(leaf, Tensor) and leaf.shape == like.shape for leaf, like in pairs)
 
 

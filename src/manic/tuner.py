@@ -10,15 +10,15 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
     s_{t+1} = W_t / (sqrt(v_t) + ε)                         (6)
     x_{t+1} = x_ref + (Σ_i s_{t+1,i}) Δ_{t+1}               (7)  in `displacement.py`
 
-and, under the rule ``manic`` only::
+The rule ``manic``, the default, finds where to start from the data, and bets for T steps, with these changes::
 
+    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
-    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; then every 9 steps
 
-and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
+Then it settles. In place of (2) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
@@ -26,8 +26,8 @@ and for (2) to (6), once t > T, with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 
     π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
-and before step t, if a quarter or more of the elements that take part in it are new; r and s_init become such that (6)
-gives this s_t, F is f_t, Δ is 0, and the steps of T and (9) to (12) count from here::
+Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: r and s_init
+become such that (6) gives this s_t, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
 
     s_t ← sqrt(min(1, N'/N)) s_t/π_{t-1}                    (14) in `widen`
 
@@ -61,7 +61,7 @@ T       learning_steps   number     the steps that the tuner learns for: 243; if
 ======  ===============  =========  =============================================================
 
 Leading dimensions are free, so one call can tune many models. The numbers are float32 or wider whatever the
-parameters are. Nothing here knows of parameters, devices or optimizers.
+parameters are; q to π are the same for every β. Nothing here knows of parameters, devices or optimizers.
 
 What each rule does that the paper as printed does not:
 
@@ -72,53 +72,56 @@ What each rule does that the paper as printed does not:
   agree exactly at λ = 0 only.
 - ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
-- ``manic``, the default: m takes abs h and starts at 0, λ is 0, and where it is not there is no scale in its term (1'),
-  there is no ε, and s stays as it is until the first h that is not 0. A run is then the same whatever unit the learning
-  rate or the loss is in. The other changes are each for a measured fault of the published rule (``docs/tried.md``):
+- ``manic``: the equations from (8) on, no ε, and an m that takes abs h and starts at 0.
 
-  - s_init comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
-    most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. The
-    first scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init. Weights of zero count as
-    having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8).
-  - The displacement starts again from zero whenever the number of steps has doubled, later tripled (9); the tuner goes
-    on. Summed from the start of the run, <Δ, g> < 0 only says that the way from there is still downhill, which it is
-    long after steps have become too large: s then overshoots by 2 to 3 times. Since a recent step it says that the
-    steps from there on were too short. A long Δ sees further through noise; a short one sees sooner that the first
-    scale was too large.
-  - When the scale changes, half of what the updates since then would have done at the new scale is made up for (7').
-    The paper makes up for all of it, so that s is a point on the line along Δ, which losses pull to the best point of
-    that line and not to the best rate: on a noisy one, or in a valley, s stays too low. With none of it (α = 0) nothing
-    holds s back where it is too high. The bound of the paper is for α = 1, and between two restarts of Δ.
-  - After T steps there are no more bets. By then s has found its order of magnitude, and what h goes on to say is
-    less about the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and
-    a noisy one to go slower. On smooth losses a rate should fall as 1/√t where gradients are noise, and stay where they
-    are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of the next, so that
-    the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s falls as 1/√t;
-    elsewhere s stays, (11) and (13). From T on Δ starts again every 9 steps, since of a longer one h is mostly signal,
-    whatever it is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of
-    steps even if gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at
-    most: s falls where the loss explodes. A schedule that rises on is held at the rate that s was learned at: s falls
-    by as much as F rises (13). So do s, r and s_init before T where F rises above 1, which is no warmup.
-  - The more often rows come again, the more h says how well the net knows them by heart, to which longer steps always
-    add. So the bets end after twelve epochs of E steps, if E is given: six are too few for nets that go on learning
-    from clean rows, and with many more the rate of those that overfit gets too high.
-  - Steps of a good rate bounce, and are told so by an h above 0: the rate at which it is 0 on average is too low. In
-    later epochs that is made up for by an h that is too low, as said. So a bet that is lost counts half in the first
-    epoch, and the more, the more often the rows were seen (4').
-  - Noise of rows that are new averages out; that of rows which it has seen many times a net learns by heart. So a step
-    counts in z about as often as its rows were seen before, if the steps E of an epoch are given: s does not fall in
-    the first epoch, and as 1/t in many. If they are not, every step counts once. In a shuffled epoch a short Δ is of
-    rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net that
-    bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
-  - Rates that are best under a schedule that decays are mostly 3 times those that are best without: steps that bounce
-    are no loss if they are short in the end. That higher ones would pay is not to be seen while they do not. So what
-    the schedule falls by from T on is made up for twice: the rate rises by as much, to that of the schedule's peak at
-    most, and falls once it is 3 times what the schedule has (12). A rate that leaps to where nothing has been learned
-    of it is one that plain SGD does not survive.
-  - A scale that was learned of some parameters, such as a head trained alone, can be ten times too high for others that
-    join. Updates of normalized optimizers are the longer, the more elements they have, as √N: so s falls to where steps
-    are about as long as before, and is learned for T steps more (14).
-  - The h that is bet on is clipped to ±m of the step before, so that one outlier cannot take all that was earned.
+Why ``manic`` does so, in the order of a run. Each point is for a measured fault of the published rule, or of ``manic``
+without it (``docs/tried.md``):
+
+- *No units.* With m and ε as said, λ = 0, or else no scale in its term (1'), and an s that stays as it is until the
+  first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
+- *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
+  most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. Weights
+  of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). The first
+  scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init.
+- *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
+- *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
+  of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too
+  large, and s overshoots by 2 to 3 times. Summed from a recent step, it says that the steps since then were too short.
+  A long Δ sees further through noise; a short one sees sooner that the first scale was too large.
+- *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
+  the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
+  valley, s stays too low. With α = 0 nothing holds s back where it is too high. The bound of the paper is for α = 1,
+  and between two restarts of Δ.
+- *Lost bets count less*, if E is given (4'). Steps of a good rate bounce, and are told so by an h above 0: the rate at
+  which it is 0 on average is too low. In later epochs an h that is too low makes up for that, since longer steps always
+  add to what a net knows by heart. So a lost bet counts half in the first epoch, and the more, the more often the rows
+  were seen.
+- *Bets end* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about the rate
+  than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one to go
+  slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from clean
+  rows, and with many more the rate of those that overfit gets too high.
+- *Then s falls with noise*, (10), (11) and (13). On smooth losses a rate should fall as 1/√t where gradients are noise,
+  and stay where they are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of
+  the next, so that the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s
+  falls as 1/√t; elsewhere s stays. Δ starts again every 9 steps, since of a longer one h is mostly signal, whatever it
+  is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of steps even if
+  gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at most: s falls
+  where the loss explodes.
+- *Rows that come again* count more, if E is given. Noise of rows that are new averages out; that of rows which it has
+  seen many times a net learns by heart. So a step counts in z about as often as its rows were seen before: s does not
+  fall in the first epoch, and as 1/t in many. If E is not given, every step counts once. In a shuffled epoch a short Δ
+  is of rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net
+  that bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
+- *Schedules that decay* are made up for (12). Rates that are best under them are mostly 3 times those that are best
+  without: steps that bounce are no loss if they are short in the end. That higher ones would pay is not to be seen
+  while they do not. So what the schedule falls by from T on is made up for twice: the rate rises by as much, to that of
+  the schedule's peak at most, and falls once it is 3 times what the schedule has. A rate that leaps to where nothing
+  has been learned of it is one that plain SGD does not survive.
+- *Schedules that rise* above where s was learned are held at that rate: s falls by as much as F rises (13). So do s, r
+  and s_init before T where F rises above 1, which is no warmup.
+- *New parameters* lower s, which is learned again (14). A scale that was learned of some, such as a head trained alone,
+  can be ten times too high for others that join. Updates of normalized optimizers are the longer, the more elements
+  they have, as √N: so s falls to where steps are about as long as before.
 """
 
 from __future__ import annotations

@@ -144,6 +144,22 @@ def test_a_run_that_runs_away(pinned: bool, part: str, store_delta: bool) -> Non
     assert part in message
 
 
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_weights_that_have_far_to_go_do_not_run_away(cls: type[torch.optim.Optimizer]) -> None:
+    """They grow tenfold from step 65 to 128, as on targets in dollars, but the gradient shrinks."""
+    rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Linear(8, 1)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    optimizer = mechanize(cls)(model.parameters(), lr=1.0)
+    for step in range(130):
+        picked = torch.randint(512, (64,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(rows[picked]) - 1e6 * rows[picked, :1]).square().mean().backward()
+        optimizer.step()
+    assert float(model.weight.detach().norm()) > 5e5
+
+
 def test_a_scale_that_oscillates() -> None:
     """Two tasks take turns, and each undoes what the other learned."""
 

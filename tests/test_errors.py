@@ -158,7 +158,7 @@ def test_hand_off_of_step_sizes_in_the_state() -> None:
         backward(model, step)
         mechanic.step()
         updater.step()
-    with pytest.raises(ValueError, match="cannot rescale ASGD: its state holds step sizes"):
+    with pytest.raises(ValueError, match="cannot rescale ASGD: its state, or its step, is not in proportion"):
         mechanic.hand_off()
 
 

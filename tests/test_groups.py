@@ -336,6 +336,27 @@ def test_they_are_seen_between_the_rows_that_are_learned_from_and_those_that_are
     assert scales[260] == pytest.approx(scales[259] / 2, rel=0.1)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tune", [True, False])
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_step_in_which_many_join_is_skipped_if_it_is_not_finite(store_delta: bool, tune: bool, bad: float) -> None:
+    """Δ is 0 from there on, whatever the gradient is."""
+    parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(12), requires_grad=False)]
+    updater = Updater(torch.optim.AdamW(parameters, lr=1.0), store_delta=store_delta)
+    mechanic = Mechanic(updater)
+    for step in range(40):
+        parameters[1].requires_grad_(step >= 20)
+        for parameter in parameters:
+            parameter.grad = parameter.detach().clone() if parameter.requires_grad else None
+        if step == 20:
+            parameters[1].grad = torch.full((12,), bad)
+        before = [parameter.detach().clone() for parameter in parameters]
+        mechanic.step(tune=tune or step != 20)
+        updater.step()
+        moved = [not torch.equal(*pair) for pair in zip(parameters, before, strict=True)]
+        assert moved == ([True, False] if step < 20 else [step > 20] * 2)
+
+
 def test_steps_that_were_skipped_do_not_count() -> None:
     def spoil(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
         if step in (100, 260):

@@ -175,6 +175,35 @@ def test_a_group_without_parameters_has_no_say_in_the_internal_rate() -> None:
     assert [rate for rate, _ in optimizer.rates] == [2.0]
 
 
+def test_groups_without_parameters_have_no_say_in_the_factor() -> None:
+    """They share what a group is known by."""
+    rates, scales = ([], [1.0, 1e-3]), []
+    for lrs in rates:
+        model = make_net()
+        groups = [{"params": [], "lr": lr} for lr in lrs]
+        base = torch.optim.AdamW([{"params": model.parameters()}, *groups], lr=1.0)
+        updater = Updater(base, lr_scheduler.CosineAnnealingLR(base, 40))
+        mechanic = Mechanic(updater)
+        train(model, updater, mechanic, range(30))
+        assert 0 < updater._factor < 0.2
+        scales.append(float(mechanic.scale))
+        updater.load_state_dict(updater.state_dict())
+        mechanic.load_state_dict(mechanic.state_dict())
+        train(model, updater, mechanic, range(30, 32))
+        mechanic.hand_off()
+    assert scales[0] == scales[1]
+
+
+def test_a_group_without_parameters_is_no_rate_set_by_hand() -> None:
+    model = make_net()
+    updater = Updater(
+        torch.optim.SGD([{"params": model.parameters()}, *({"params": [], "lr": r} for r in (1, 2))], lr=1.0)
+    )
+    mechanic = Mechanic(updater)
+    train(model, updater, mechanic, range(20))
+    mechanic.hand_off()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -1107,6 +1136,15 @@ def test_parameters_that_share_memory_are_refused(numel: int) -> None:
     with pytest.raises(ValueError, match=rf"of shapes \({numel},\) and .* share memory.*out.weight = embedding"):
         mechanic.step()
     assert torch.equal(whole, before)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_given_twice_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    updater = Updater(torch.optim.SGD([weight, weight], lr=1.0))
+    weight.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"of shape \(3,\) is in the optimizer twice.*dict.fromkeys\(parameters\)"):
+        Mechanic(updater).step()
 
 
 def test_complex_parameters() -> None:

@@ -12,6 +12,7 @@ from manic.warn import Once
 
 HELP = "https://github.com/dscamiss/manic/blob/main/docs/troubleshooting.md"
 WINDOW = 64  # steps before a check that it looks at
+ENDS = 8  # steps at either end of it
 FIRST = 128  # the first check; the others are at the powers of two after it
 GROWTH = 10.0  # of the parameters' norm beyond the largest at the checks before
 PINNED_GROWTH = 4.0  # the same, if the gradient's norm is the same at every step
@@ -33,7 +34,8 @@ class Signs(NamedTuple):
 
     Attributes:
         idle: the share of the window's bets that left all reward at 0; 0 if there were too few.
-        growth: of the parameters' norm, beside its largest at the checks before.
+        growth: of the parameters' norm, beside its largest at the checks before; 0 if the gradient's fell to less than
+            half in the window, for a run that runs away comes no closer to a minimum.
         turns: of the scale in the window, each after a change by a factor of 2.
         turns_in_two: in each of this window and the last.
         spread: of the gradient's norm in the window, relative.
@@ -97,9 +99,10 @@ class Diagnosis:
         _, learned, scales, rewards, gradients, norms = zip(*rows, strict=True)
         idle = [reward <= 0 for reward, bet in zip(rewards, learned, strict=True) if bet]
         low, high, turns = min(gradients), max(gradients), _turns(scales)
+        closer = 2 * sum(gradients[-ENDS:]) < sum(gradients[:ENDS])
         return Signs(
             idle=sum(idle) / len(idle) if len(idle) > WINDOW // 4 else 0.0,
-            growth=norms[-1] / largest if largest > 0 else 0.0,
+            growth=norms[-1] / largest if largest > 0 and not closer else 0.0,
             turns=turns,
             turns_in_two=min(turns, self._turns),
             spread=(high - low) / high if high > 0 else math.inf,

@@ -683,6 +683,11 @@ def _check_apart(active: list[Slot]) -> None:
     dense.sort(key=lambda pair: pair[0])
     for (address, slot), (following, other) in itertools.pairwise(dense):
         if following < address + slot.x().nbytes:
+            if slot is other:
+                raise ValueError(
+                    f"A parameter of shape {tuple(slot.parameter.shape)} is in the optimizer twice; expected "
+                    "once, as in AdamW(dict.fromkeys(parameters)). Nothing was changed."
+                )
             shapes = " and ".join(str(tuple(one.parameter.shape)) for one in (slot, other))
             raise ValueError(
                 f"Two parameters, of shapes {shapes}, share memory, as after out.weight.data = embedding.weight.data; "

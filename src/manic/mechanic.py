@@ -246,7 +246,7 @@ class Mechanic:
         self._since = updater._count()
         updater.displacement.restart()
         updater._scale.copy_(states[-1].scales.sum())
-        nothing = torch.zeros_like(sums.delta_grad)
+        nothing = 0 * sums.delta_grad  # but nan if it is not finite, so that the step is skipped
         return sums._replace(delta_grad=nothing, delta_param=nothing)
 
     def _seeks(self, step: int) -> bool:

@@ -31,6 +31,27 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
     lr_scheduler.ReduceLROnPlateau: ("min_lrs", "default_min_lr", "eps"),
     swa_utils.SWALR: (),
 }
+# Optimizers of which `hand_off` cannot rescale what they keep in their state, or that do not step in proportion to lr.
+NOT_IN_PROPORTION = {
+    "ASGD",
+    "AccSGD",
+    "AdaFactor",
+    "AdamG",
+    "Amos",
+    "ApolloDQN",
+    "FTRL",
+    "Fromage",
+    "MADGRAD",
+    "Magma",
+    "Nero",
+    "RMSpropTF",
+    "Ranger",
+    "Ranger21",
+    "RangerQH",
+    "RangerVA",
+    "Rprop",
+    "SRMM",
+}
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
@@ -64,13 +85,13 @@ class Nominal:
                     f"The largest initial lr is {largest}; expected a finite number > 0. Any will do, say lr=1.0."
                 )
             self.unit = unit
-        self._rates = {_first(group): _nominal(group) for group in groups}
+        self._rates = {_first(group): _nominal(group) for group in groups if group["params"]}
 
     def settle(self, groups: Groups) -> None:
         """Look again at the first step: a scheduler built since may have set other rates. Groups may join or leave."""
         if self._is_settled:
             pairs = zip(self.of(groups), groups, strict=True)
-            self._rates = {_first(group): rate or _nominal(group) for rate, group in pairs}
+            self._rates = {_first(group): rate or _nominal(group) for rate, group in pairs if group["params"]}
         elif any(float(group["lr"]) for group in groups):  # else torch has an optimizer set up its state
             self.find(groups)
             self._is_settled = True
@@ -81,7 +102,7 @@ class Nominal:
         self.unit, self._is_settled = unit, settled
 
     def of(self, groups: Groups) -> list[float]:
-        """The rates of groups, as these are now; 0 while one is not known."""
+        """The rates of groups, as these are now; 0 while one is not known, and of a group without parameters."""
         return [self._rates.get(_first(group), 0.0) for group in groups]
 
 

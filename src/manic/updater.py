@@ -475,19 +475,20 @@ class Updater:
             raise RuntimeError(
                 f"The scale is {scale}, so there is no learning rate to hand off yet. Train for more steps first."
             )
-        if isinstance(self.base_optimizer, torch.optim.ASGD | torch.optim.Rprop):
+        if rates.NOT_IN_PROPORTION.intersection(kind.__name__ for kind in type(self.base_optimizer).__mro__):
             raise ValueError(
-                f"hand_off() cannot rescale {type(self.base_optimizer).__name__}: its state holds step sizes. "
-                "Keep tuning, or start a new optimizer with lr multiplied by float(mechanic.scale)."
+                f"hand_off() cannot rescale {type(self.base_optimizer).__name__}: its state, or its step, is not in "
+                "proportion to the learning rate. Keep the scale as it is with mechanic.step(tune=False), or start a "
+                "new optimizer with lr multiplied by float(mechanic.scale)."
             )
         if isinstance(self.base_optimizer, getattr(torch.optim, "Adafactor", ())):  # torch 2.4 has none
             raise ValueError(
                 "hand_off() cannot rescale torch's Adafactor: it steps at min(lr, 1/√t), which would be another rate "
                 "from here on. Keep tuning."
             )
-        rates_given = [float(group["lr"]) for group in self.param_groups]
-        scheduled = any("initial_lr" in group for group in self.param_groups)
-        if self.lr_scheduler is None and (scheduled or rates_given != self._nominal.of(self.param_groups)):
+        pairs = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
+        others = any("initial_lr" in group or (nominal and float(group["lr"]) != nominal) for group, nominal in pairs)
+        if self.lr_scheduler is None and others:
             warn(
                 "Rates that are set again from here on, by hand or by a schedule that Updater was not given, lack the "
                 f"scale: multiply them (a schedule's base_lrs, as a rule) by {scale:.6g}, or give it to Updater."

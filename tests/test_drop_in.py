@@ -352,7 +352,8 @@ def test_a_parameter_without_gradients_does_not_keep_the_step_from_being_taken_i
 def test_lbfgs_evaluates_its_closure_again() -> None:
     model, calls = make_net(), []
     parameters = [p for p in model.parameters() if p is not model.unused]
-    optimizer = mechanize(torch.optim.LBFGS)(parameters, lr=1.0, max_iter=5)
+    with pytest.warns(UserWarning, match="LBFGS, which chooses its own step lengths.*Use it alone"):
+        optimizer = mechanize(torch.optim.LBFGS)(parameters, lr=1.0, max_iter=5)
 
     def closure() -> torch.Tensor:
         calls.append(1)

@@ -461,3 +461,62 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
 def test_arguments_of_another_type(build: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_a_loop_that_never_calls_the_updater_is_told() -> None:
+    """Nothing would train, and nothing else would say so. Two calls, of held-out rows and others, are well."""
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    for step in range(20):
+        backward(model, step)
+        mechanic.step()
+        mechanic.step(tune=False)
+        updater.step()
+    before = flat(model)
+    for step in range(10):
+        backward(model, step)
+        mechanic.step()
+    with pytest.warns(UserWarning, match=r"called 11 times without updater\.step\(\), which moves the weights"):
+        mechanic.step()
+    assert torch.equal(flat(model), before)
+
+
+def test_a_loss_is_no_closure() -> None:
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    loss = backward(model, 0)
+    mechanic.step()
+    before = flat(model)
+    with pytest.raises(TypeError, match=r"closure is tensor.*A loss goes to a ReduceLROnPlateau"):
+        updater.step(loss)
+    assert torch.equal(flat(model), before)
+    updater.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda optimizer: lr_scheduler.StepLR(optimizer, 2), True),
+        (lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.3), True),
+        (lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 37), False),
+        (lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 37), False),
+        (lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 37, 3.0), False),
+        (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=40), False),
+    ],
+)
+def test_a_schedule_for_epochs_that_is_stepped_at_every_step_is_told(make: Any, told: bool) -> None:
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = Updater(base, make(base))
+    mechanic = Mechanic(updater)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(39):
+            backward(model, step)
+            mechanic.step()
+            updater.step()
+    messages = [str(one.message) for one in caught]
+    assert len(messages) == told
+    assert all("initial value. Is it meant to be stepped once an epoch?" in message for message in messages)

@@ -82,7 +82,7 @@ def copied(value: Any) -> Any:
 
 
 def dtypes(optimizer: Optimizer) -> list[str]:
-    """Those of the parameters, by name."""
+    """The names of the parameters' dtypes, such as ``"torch.float32"``."""
     return [str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -37,7 +37,7 @@ class Signs(NamedTuple):
         growth: of the parameters' norm, beside its largest at the checks before; 0 if the gradient's fell to less than
             half in the window, for a run that runs away comes no closer to a minimum.
         turns: of the scale in the window, each after a change by a factor of 2.
-        turns_in_two: in each of this window and the last.
+        turns_in_two: in this window or in that before the last check, whichever has fewer.
         spread: of the gradient's norm in the window, relative.
     """
 
@@ -136,8 +136,9 @@ class Diagnosis:
             else:
                 self._tell(
                     "runaway",
-                    f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is the loss bounded from "
-                    "below? Let the schedule decay to zero, or give Mechanic a max_scale.",
+                    f"{grew}, and the scale is {scales[-1]:.3g}: the run is running away. Is zero_grad() called "
+                    "before each backward pass, and is the loss bounded from below? Let the schedule decay to zero, or "
+                    "give Mechanic a max_scale.",
                 )
         if signs.turns_in_two >= TURNS:
             self._tell(

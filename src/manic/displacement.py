@@ -1,7 +1,12 @@
 """The displacement: x_ref and Δ of every parameter, the four sums, and the move to x_ref + α · scale · Δ.
 
-α is the share of past updates that follows when the scale changes, and x_ref takes the rest of each as it comes: see
-`manic.tuner`, equation (7'). Up to `Displacement`, what is called scale here has α in it.
+When the scale changes, past updates follow by a share α only: see `manic.tuner`, equation (7'). So Δ is multiplied by
+α · scale, and the rest of an update u, (1 - α) · scale · u, goes to x_ref at once. In the classes before `Displacement`
+an argument called ``scale`` is α · scale.
+
+From one parameter to all: a `Slot` is one; a `Part` is a large one, or many small ones in one tensor; a `Bucket` is a
+few parts that one call of a kernel treats; a `Batch` is all parameters of a device where Triton's kernels find them by
+their addresses, in place of parts and buckets; `Displacement` has the buckets and batches.
 
 This and `kernels` are the only places that touch memory as large as the model; neither of the two passes needs a
 temporary of that size. Offloaded, x_ref and Δ are in host memory and cross the bus block by block, in order with the
@@ -35,9 +40,10 @@ class Slot:
         parameter: the parameter; of one that is spread over ranks, everything here is this rank's part.
         reference: x_ref, in at least float32.
         delta: Δ, likewise, or ``None`` when it is recomputed from x.
-        strides: of a gradient that lies in memory as the parameter does, or ``None`` where none can.
-        offload: whether the two are in host memory, pinned if the parameter is on a CUDA device.
-        away: whether the scale goes on without the parameter.
+        strides: those of a gradient that is laid out in memory as the parameter is; ``None`` if the parameter has gaps
+            or is complex.
+        offload: whether x_ref and Δ are in host memory, pinned if the parameter is on a CUDA device.
+        away: whether the scale changes without the parameter, which stays where it is, as a frozen one does.
     """
 
     def __init__(self, parameter: Tensor, *, store_delta: bool, offload: bool) -> None:
@@ -49,7 +55,7 @@ class Slot:
         self.strides: tuple[int, ...] | None = real.stride() if self.is_dense() and not parameter.is_complex() else None
         self.reference: Tensor = self._empty(real.numel()).copy_(self.x())
         self.delta = self._empty(real.numel()).zero_() if store_delta else None
-        self._version: int | None = None  # not known of what was loaded, or changed before it was copied
+        self._version: int | None = None  # at `stamp`; not known after a load, or of a copy of one that was changed
         self.address: int = 0
         self.away: bool = False
         self.stamp()
@@ -64,17 +70,17 @@ class Slot:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._version is not None:
-            self.stamp(away=self.away)
+            self.stamp()
 
     def leave(self) -> None:
-        """Note that the scale goes on without the parameter."""
+        """Note that the parameter is `away` from now on."""
         if self._version is None:
             self.stamp()
         self.away = True
 
-    def stamp(self, *, away: bool = False) -> None:
+    def stamp(self) -> None:
         """Note that the parameter is as we left it."""
-        self._version, self.address, self.away = version(self.parameter), local(self.parameter).data_ptr(), away
+        self._version, self.address = version(self.parameter), local(self.parameter).data_ptr()
 
     def is_changed(self) -> bool:
         """Whether the parameter may have been written to by others since `stamp`, or moved to other memory."""
@@ -85,22 +91,21 @@ class Slot:
         return self.address != local(self.parameter).data_ptr()
 
     def keep_change(self, scale: Tensor, rescaled: float, *, changed: bool) -> bool:
-        """Take the parameter as others have left it, or as the scale has left it behind while it was away.
+        """Make x_ref and Δ fit the parameter as it is: others have changed it, or the scale has, while it was away.
 
-        See `kernels.plain.keep_change`. Of one that is back only x_ref shifts.
+        See `kernels.plain.kept`. Where it was away, only x_ref changes.
 
         Args:
             scale: the scale in force, 0-d.
             rescaled: the α in it.
-            changed: others have, whatever its version counter and address tell.
+            changed: take it for changed by others, even if its version counter and address are those of `stamp`.
 
         Returns:
-            Whether Δ had to be given up.
+            Whether Δ starts again from zero, as one does that is not stored, and so cannot be told from the change.
         """
         x = self.x().cpu() if self.offload else self.x()
-        told = self._version is not None and (self.is_changed() or not self.away)
-        lost = self.delta is None and (changed or told)
         self.reference = self.reference.to(x.device, wide(x.dtype))
+        lost = self.give_up(changed=changed)
         if self.delta is not None:
             scale = scale.to(x.device)
             self.delta = self.delta.to(self.reference)
@@ -109,18 +114,18 @@ class Slot:
                 return False
             plain.keep_change(x, self.reference, self.delta, scale, 0.0 if self.away else rescaled)
             self.write(point(self.reference, self.delta, scale))
-        elif lost:
-            self.reference.copy_(x)
         self.stamp()
         return lost
 
-    def give_up(self) -> None:
-        """Start a Δ that is not stored again if others have changed the parameter, as `keep_change` is going to."""
-        if self.delta is None and self._version is not None and self.is_changed():
+    def give_up(self, *, changed: bool = False) -> bool:
+        """Have a Δ that is not stored start again from zero if others have changed the parameter; whether it had to."""
+        lost = self.delta is None and (changed or (self._version is not None and self.is_changed()))
+        if lost:
             self.reference.copy_(self.x())
+        return lost
 
     def follow(self, scale: Tensor) -> None:
-        """While the parameter is away: have x_ref fit it at the scale in force, as it has to in a state dict."""
+        """Have x_ref fit the parameter, which is away, at the scale in force: whoever loads a state counts on it."""
         if self.delta is not None:
             x = self.x().to(self.reference.device)
             plain.keep_change(x, self.reference, self.delta, scale.to(x.device), 0.0)
@@ -159,7 +164,7 @@ class Slot:
         return x.is_contiguous() and x.data_ptr() == local(self.parameter).data_ptr()
 
     def settle(self) -> None:
-        """Wait until what the device has still to write to host memory is there."""
+        """Wait for copies to host memory that the device has not finished yet."""
         if self.offload:
             local(self.parameter).new_zeros(()).item()
 
@@ -254,20 +259,16 @@ class Part:
     def put(self, x: Tensor) -> None:
         """Write x, as `values` gave it, to the parameters."""
         if x is not self._flat[0]:
-            parts = x.split(self._sizes)
-            views = [i for i, view in enumerate(self._is_view) if view]
-            if views:
-                torch._foreach_copy_([self._flat[i] for i in views], [parts[i] for i in views])  # type: ignore
+            parts = x.split_with_sizes(self._sizes)
+            torch._foreach_copy_(self._flat, parts)  # type: ignore
             for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
                 if not view:
                     slot.write(part)
 
-    def put_back(self, x: Tensor) -> None:
-        """`put`, also to parameters that a base step has left in other memory."""
-        self.put(x)
-        for part, slot in zip(x.split(self._sizes), self._slots, strict=True):
-            if slot.is_moved():
-                slot.write(part)
+    def restore(self, backup: Tensor) -> None:
+        """Write a `backup` to the parameters, also to those that a base step has left in other memory."""
+        for part, slot in zip(backup.split(self._sizes), self._slots, strict=True):
+            slot.write(part)
 
 
 class Bucket:
@@ -296,12 +297,12 @@ class Bucket:
         return [part.values() for part in self._parts]
 
     def sums(self, *, complete: bool) -> Tensor:
-        """The four sums over them, shape (4,); all but <Δ, g> may be 0 if they need not be complete."""
+        """The four sums over them, shape (4,); if not ``complete``, only <Δ, g> is needed, and the others may be 0."""
         x = self._values() if complete or self._deltas is None else None
         return self.kernels.sums(x, [part.gradient() for part in self._parts], self._references, self._deltas)
 
     def forget(self) -> None:
-        """Parameters were changed by others."""
+        """Note that others have changed parameters, which makes no difference here."""
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """x and x_ref, 1-d."""
@@ -311,13 +312,10 @@ class Bucket:
         """Copies of the parameters."""
         return [part.backup() for part in self._parts]
 
-    def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
-        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
-        for i, part in enumerate(self._parts):
-            if part.delta is not None:
-                part.put_back(point(part.reference, part.delta, scale.to(part.reference.device)))
-            elif before is not None:
-                part.put_back(before[i])
+    def restore(self, backup: list[Tensor]) -> None:
+        """Set the parameters to a `backup`."""
+        for part, x in zip(self._parts, backup, strict=True):
+            part.restore(x)
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
@@ -367,7 +365,7 @@ class Batch:
         return self.table.sums(self.gradients())
 
     def forget(self) -> None:
-        """Parameters were changed by others."""
+        """Note that others have changed parameters: the sums with x that the last move has left are out of date."""
         self.table.carried = False
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -378,14 +376,10 @@ class Batch:
         """A copy of the parameters."""
         return [self.table.copy()]
 
-    def restore(self, before: list[Tensor] | None, scale: Tensor) -> None:
-        """Set the parameters to x_ref + scale · Δ, or to a `backup`."""
-        self.forget()
-        parts = [None] * len(self._slots) if before is None else self.table.parts(before[0])
-        for slot, part in zip(self._slots, parts, strict=True):
-            x = part if slot.delta is None else point(slot.reference, slot.delta, scale)
-            if x is not None:
-                slot.write(x)
+    def restore(self, backup: list[Tensor]) -> None:
+        """Set the parameters to a `backup`."""
+        for slot, x in zip(self._slots, self.table.parts(backup[0]), strict=True):
+            slot.write(x)
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
@@ -417,9 +411,9 @@ class Displacement:
 
     Attributes:
         slots: what is kept of each parameter.
-        joined: whether `refresh` saw a parameter for the first time since the last move.
-        newcomers: the parameters that were seen for the first time, and that nobody has counted yet.
-        packings: how often other parameters took part than before.
+        joined: whether a parameter has come since the last move: the base optimizer may have no state for it yet.
+        newcomers: the parameters that have come since `Updater` last counted how many are new.
+        packings: how often the parameters that take part, or their places in memory, were others than before.
         rescaled: α.
         eps: ε, added to the scale that a recomputed Δ is divided by.
     """
@@ -454,7 +448,7 @@ class Displacement:
             changed: take every parameter for changed; else its version counter and address tell.
 
         Returns:
-            Whether a Δ had to be given up: without a stored one, it cannot be told from the change.
+            Whether a Δ starts again from zero, see `Slot.keep_change`.
 
         Raises:
             ValueError: two parameters share memory.
@@ -473,6 +467,7 @@ class Displacement:
                 self.newcomers.add(parameter)
             elif changed or slot.away or slot.is_changed():
                 lost |= slot.keep_change(self.rescaled * scale, self.rescaled, changed=changed)
+                slot.away = False
                 touched = True
             active.append(slot)
             key += (id(parameter), slot.address)
@@ -488,12 +483,12 @@ class Displacement:
         return lost
 
     def stay(self) -> None:
-        """Have the parameters stay where they are, whatever the scale is at the next `refresh`."""
+        """Note that the scale is replaced: parameters stay where they are, and the next `refresh` fits x_ref to it."""
         for slot in self.slots.values():
             slot.away = True
 
     def keep_changes(self, parameters: list[Tensor], scale: Tensor) -> bool:
-        """`refresh` once more, if others have changed anything since the last."""
+        """Call `refresh` again if others have changed a parameter since the last call."""
         return any(slot.is_changed() for slot in self._active) and self.refresh(parameters, scale)
 
     def sums(self, scale: Tensor, *, complete: bool = True) -> Sums:
@@ -527,8 +522,13 @@ class Displacement:
             before: from `backup`.
             scale: the scale in force, 0-d.
         """
+        for slot in self._active:
+            if slot.delta is not None:
+                slot.write(point(slot.reference, slot.delta, (self.rescaled * scale).to(slot.reference.device)))
         for i, bucket in enumerate(self._buckets):
-            bucket.restore(None if before is None else before[i], (self.rescaled * scale).to(bucket.device))
+            if before is not None:
+                bucket.restore(before[i])
+            bucket.forget()
         self._stamp()
 
     def check_memory(self) -> None:
@@ -558,8 +558,8 @@ class Displacement:
         before: list[list[Tensor]] | None,
         old_scale: Tensor,
         scale: Tensor,
-        finite: Tensor | None = None,
-        restart: bool | Tensor = False,
+        finite: Tensor | None,
+        restart: bool | Tensor,
     ) -> None:
         """Make what a base step did to the parameters their update u, and move them as (7') says.
 
@@ -578,7 +578,7 @@ class Displacement:
         self._stamp()
 
     def _stamp(self) -> None:
-        """All that take part were written, also unseen by autograd, which would go on with the graphs of the old x."""
+        """Note that we have written to all that take part, and have autograd refuse graphs of what they were before."""
         for slot in self._active:
             torch.autograd.graph.increment_version(local(slot.parameter))
         for slot in self._active:  # once none has a version to come: parts of one tensor share it
@@ -586,7 +586,9 @@ class Displacement:
 
     def _weights(self, old_scale: Tensor, scale: Tensor) -> Tensor:
         """As `kernels.plain.move` takes them."""
-        old = self.rescaled * old_scale + (0.0 if self.store_delta else self.eps)
+        old = self.rescaled * old_scale
+        if not self.store_delta:
+            old = old + self.eps
         return torch.stack([old, self.rescaled * scale, (1 - self.rescaled) * scale])
 
     def plan(self, optimizer: Any) -> Callable[[Tensor, Tensor, Tensor, bool | Tensor], None] | None:
@@ -696,10 +698,10 @@ def _check_apart(active: list[Slot]) -> None:
 
 
 def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
-    """Who is treated together.
+    """Group the parameters that take part, by device, dtype and share.
 
-    In a batch, all of a device, dtype and share; else large parameters are a part each, and small ones share one until
-    it is large, and a bucket has a few of these.
+    Those of a group are one batch if the kernels of Triton take them. Else a large one is a part of its own, small ones
+    share a part until it is large, and every few parts are a bucket.
     """
     total: dict[torch.device, int] = {}
     parts: dict[Any, list[list[Slot]]] = {}

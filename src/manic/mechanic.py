@@ -21,6 +21,8 @@ from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import Updater
 
+REPEATS = 10  # calls of `Mechanic.step` for one step that are too many; held-out rows take one
+
 logger: logging.Logger = logging.getLogger("manic")
 
 
@@ -31,8 +33,9 @@ class Mechanic:
         updater: owns the optimizer and the schedule. One Mechanic per Updater.
         rule: ``"manic"``, or one of the published forms, ``"paper"``, ``"mechanic_pytorch"``, ``"optax"``.
         betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
-        s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0: what a displacement is charged for making
-            the parameters longer. ``None`` takes the rule's own, 0 for ``"manic"`` and 1e-2 for the published ones.
+        s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0: with it the scale is smaller where the
+            displacement makes the norm of the parameters grow. ``None`` takes the rule's own, 0 for ``"manic"`` and
+            1e-2 for the published ones.
         s_init: start of the tuner's wealth, an underestimate of the effective learning rate over ``internal_lr`` (where
             that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which
             moves the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
@@ -107,6 +110,7 @@ class Mechanic:
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
+        self._repeats = 0  # calls of `step` before this one for the same step
         self._since = 0  # steps taken before (14)
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
@@ -173,9 +177,10 @@ class Mechanic:
         elements that take part are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
-            tune: ``False`` leaves the scale as it is, or as a call before this one has set it, unless many parameters
-                join, logs nothing, and only checks that the gradients are finite: for those of the training rows where
-                the scale is learned from gradients of other, held-out rows.
+            tune: ``False`` only checks that the gradients are finite: it logs nothing, and leaves the scale as it is,
+                or as a call before this one has set it, unless many parameters join. It is for the second of two
+                calls, where the first has the gradients of held-out rows, from which the scale is learned, and the
+                second those of the training rows.
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
@@ -188,6 +193,14 @@ class Mechanic:
             ScaleWarning: once for each of these.
         """
         again = self.updater._pending
+        self._repeats = self._repeats + 1 if again else 0
+        if self._repeats == REPEATS:
+            self.updater._once.warn(
+                "repeats",
+                f"mechanic.step() was called {REPEATS + 1} times without updater.step(), which moves the weights. "
+                "Call it too after every backward pass, with a schedule or without; if gradients are accumulated over "
+                "parts of a batch, call both once, after the last part.",
+            )
         step = self._steps + (not again)
         self._captured |= _is_captured(self._betas)
         scale = self.updater._observe()
@@ -233,7 +246,7 @@ class Mechanic:
             )
 
     def _welcome(self, sums: Sums, factor: Tensor) -> Sums:
-        """(14), if many parameters have joined, and the sums of the Δ that starts again then."""
+        """Do (14) if many parameters have joined; the sums as they are then, with a Δ that starts again from zero."""
         updater = self.updater
         if not updater.displacement.newcomers or (updater.nonfinite == "raise" and not sums.delta_grad.isfinite()):
             return sums  # a step that is going to be refused leaves them new
@@ -250,9 +263,9 @@ class Mechanic:
         return sums._replace(delta_grad=nothing, delta_param=nothing)
 
     def _seeks(self, step: int) -> bool:
-        """Whether to look for the first update by a gradient that is not zero after a step, counted from 1.
+        """Whether to look at the update of a step, counted from 1, for s_init, which is not known yet.
 
-        On an accelerator, which is not asked whether it has been found: after steps 1, 2, 4, 8, …
+        An accelerator is not asked whether it is known: there, after steps 1, 2, 4, 8, …
         """
         if self._config.s_init is not None or self._captured:
             return False
@@ -268,7 +281,7 @@ class Mechanic:
         return self._state.scales.sum()
 
     def _note_start(self) -> None:
-        """Know from here on whether s_init is known, where that is no wait for a device."""
+        """Note when s_init was found, if it was, where that can be read without waiting for a device."""
         if self._state.start.is_cpu and self._state.start.any():
             self._found_at = self._steps
 
@@ -341,7 +354,7 @@ class Mechanic:
 
     def _configure(self, config: TunerConfig) -> None:
         self._config = config
-        self._found_at = math.inf  # the step at which s_init was seen to be known; no device is asked
+        self._found_at = math.inf  # the step at which s_init was found, as far as the host knows
         self._captured = False  # a step in a CUDA graph: the host counts no replay, and may not ask the device
         self._betas = torch.tensor(config.betas, device=self.updater.scale.device, dtype=self.updater.scale.dtype)
         self.updater.displacement.rescaled = config.rescaled

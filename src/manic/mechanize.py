@@ -145,7 +145,7 @@ class _Mechanized(Optimizer):
         self.updater = Updater(cast(Any, _Base(self)), **self._options["updater"])
         self.mechanic = Mechanic(self.updater, **self._options["mechanic"])
         self._mirrored = 0  # the packing whose x_ref and Δ are shown
-        self._unseen: dict[Tensor, Slot] = {}  # those of it that are not yet
+        self._unseen: dict[Tensor, Slot] = {}  # those of its parameters whose x_ref and Δ are not shown yet
         # A GradScaler then unscales before the step, as the tuner needs, and not inside a fused one.
         self._step_supports_amp_scaling = False
         # Tools that load optimizers look at these names for what to load.
@@ -211,6 +211,26 @@ class _Mechanized(Optimizer):
         """
         if isinstance(state_dict, dict):
             state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict.copy())
+        mechanic = self._saved_tuning(state_dict)
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        places = {key: i for i, key in enumerate(keys)}
+        ours, base_state = _divide(state_dict["state"])
+        displacement = {places[key]: tensors for key, tensors in ours.items()}
+        self.updater._check_displacement(displacement)
+
+        base = {**state_dict, "state": base_state}
+        with undone_on_error(self), held_hooks(self, "_optimizer_load_state_dict_pre_hooks"):
+            super().load_state_dict(base)
+            keep_dtypes(self, base, mechanic["dtypes"])
+        self.mechanic.load_state_dict(mechanic)
+        self.updater._load_tuning(
+            mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement
+        )
+        self._mirrored = 0
+        self._mark_groups()
+
+    def _saved_tuning(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What a state dict has of the tuner, by name; or ValueError, unless `load_state_dict` can take it."""
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         if not groups:
             raise ValueError(
@@ -237,22 +257,7 @@ class _Mechanized(Optimizer):
         tuner = mechanic["tuner"] if isinstance(mechanic["tuner"], Tensor) else ()
         mechanic["tuner"] = dict(zip(TunerState._fields, tuner, strict=False))
         self.mechanic._check_state(mechanic)
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        places = {key: i for i, key in enumerate(keys)}
-        ours, base_state = _divide(state_dict["state"])
-        displacement = {places[key]: tensors for key, tensors in ours.items()}
-        self.updater._check_displacement(displacement)
-
-        base = {**state_dict, "state": base_state}
-        with undone_on_error(self), held_hooks(self, "_optimizer_load_state_dict_pre_hooks"):
-            super().load_state_dict(base)
-            keep_dtypes(self, base, mechanic["dtypes"])
-        self.mechanic.load_state_dict(mechanic)
-        self.updater._load_tuning(
-            mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement
-        )
-        self._mirrored = 0
-        self._mark_groups()
+        return mechanic
 
     def _hooked(self, hooks: dict[int, Callable[..., Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
         """What hooks make of a state dict; torch's own calls of them would not show them x_ref and Δ."""
@@ -341,7 +346,7 @@ def _remake(base: type[Optimizer], options: dict[str, dict[str, Any]]) -> _Mecha
 
 
 def _first_known(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
-    """``closure``, but for the first call, whose result is known and whose gradients are there."""
+    """``closure``, but for its first call, which was made already: its result is given, its gradients are there."""
     known = [loss]
     return lambda: known.pop() if known else closure()
 

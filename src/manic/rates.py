@@ -97,7 +97,7 @@ class Nominal:
             self._is_settled = True
 
     def load(self, groups: Groups, unit: float, rates: list[float], settled: bool) -> None:
-        """Take up what was saved of them."""
+        """Take up nominal rates and a unit that were saved."""
         self._rates = dict(zip(map(_first, groups), rates, strict=True))
         self.unit, self._is_settled = unit, settled
 

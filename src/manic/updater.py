@@ -36,6 +36,8 @@ from manic.kernels.compiled import outside_graphs
 from manic.kernels.plain import scale_dtype
 from manic.warn import Once, warn
 
+LOWEST_FACTOR = 1e-15  # of a schedule that is stepped as often as it is meant to be, but for 0
+
 logger: logging.Logger = logging.getLogger("manic")
 
 
@@ -97,21 +99,7 @@ class Updater:
         nonfinite: str = "skip",
         process_group: Any = None,
     ) -> None:
-        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-            raise _not_an_optimizer(optimizer, lr_scheduler)
-        # Lightning's and Accelerate's wrappers have no groups of their own: step them, and keep what they wrap.
-        base = optimizer if "param_groups" in vars(optimizer) else getattr(optimizer, "optimizer", optimizer)
-        if isinstance(base, Updater):
-            raise TypeError(
-                "optimizer is an Updater already; expected a plain optimizer, as in "
-                "Updater(torch.optim.SGD(model.parameters(), lr=1.0)). Give the Updater to Mechanic."
-            )
-        if hasattr(base, "mechanic"):
-            raise TypeError(
-                f"optimizer is of type {type(base).__name__}, which tunes itself; expected a plain optimizer. "
-                "Call its step() and leave out Updater and Mechanic."
-            )
-        check_kind(type(base))
+        base = _base_of(optimizer, lr_scheduler)
         check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
         _check_schedule(lr_scheduler)
         scheduled = getattr(lr_scheduler, "optimizer", base)
@@ -138,7 +126,7 @@ class Updater:
         self._check_groups()
         self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
         self._nominal.find(self.param_groups)
-        self._restored: dict[str, bool] = {}  # what has loaded a state since the last step: that of another one?
+        self._restored: dict[str, bool] = {}  # who has loaded a state since the last step, and if it is of another step
         _Guard.stand_before(self)
         self._parameter_count = 0
         self._steps = self._skipped = 0  # taken, as far as the host knows, and skipped since
@@ -192,7 +180,6 @@ class Updater:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
         self.base_optimizer.zero_grad(set_to_none)
 
-    @torch.no_grad()
     def _observe(self) -> Tensor:
         """See who takes part in the coming step; the scale in force, 0-d, in the tuner's units.
 
@@ -242,15 +229,15 @@ class Updater:
         self,
         scale: Tensor,
         finite: Tensor,
-        begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        restart: bool | Tensor = False,
+        begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        restart: bool | Tensor,
     ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
         Args:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
-            begin: gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
+            begin: if given, gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
             restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
         """
         torch.where(finite, scale, self._scale, out=self._next_scale)
@@ -281,6 +268,11 @@ class Updater:
                 not unscaled the gradients; another Updater was built on the optimizer since; or after `hand_off`.
             FloatingPointError: with ``nonfinite="raise"``, the gradient after the closure is not finite.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure is {closure!r:.60}; expected a function that computes the loss, or nothing. A loss goes to a "
+                "ReduceLROnPlateau, which you step yourself."
+            )
         try:
             return self._step(closure)
         except BaseException:
@@ -300,14 +292,13 @@ class Updater:
             )
         with torch.no_grad():
             self._tell(self.displacement.keep_changes(parameters, self._scale))
-        one_pass = self._plan_one_pass() if closure is None else None
-        on_device = self._base_can_skip(one_pass is not None)
-        if self.nonfinite == "skip" and not on_device and not bool(self._finite):
-            return self._skip()
-
-        restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
-        with torch.no_grad():
+            one_pass = self._plan_one_pass() if closure is None else None
+            on_device = self._base_can_skip(one_pass is not None)
+            if self.nonfinite == "skip" and not on_device and not bool(self._finite):
+                return self._skip()
+            restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
             before = self.displacement.backup() if one_pass is None else None
+
         try:
             with (
                 self._rates_times(self._nominal.unit),
@@ -425,6 +416,17 @@ class Updater:
             )
         schedule.step()
         self._epoch = _epoch_of(schedule)
+        pairs = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
+        lowest = min(
+            (group["lr"] / rate for group, rate in pairs if rate and isinstance(group["lr"], float)), default=1
+        )
+        if 0 < lowest < LOWEST_FACTOR:
+            self._once.warn(
+                "lowest",
+                f"The schedule has lowered a learning rate to {lowest:.0e} of its initial value. Is it meant to be "
+                "stepped once an epoch? updater.step() steps it every time: do not give it to Updater, and call "
+                "lr_scheduler.step() after each epoch.",
+            )
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -453,11 +455,12 @@ class Updater:
 
     @torch.no_grad()
     def rebase(self) -> None:
-        """Take the parameters as others have left them: what takes back a part of Δ comes out of it, x_ref shifts.
+        """Go on from the parameters as others have left them.
 
-        Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed
-        without this. Call it after those that do not, such as writes through ``parameter.data``. With
-        ``store_delta=False`` Δ cannot be told from the change, and starts again from zero.
+        A change that takes back a part of Δ, as clipping weights does, is taken out of Δ; x_ref shifts by the rest.
+        Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed without
+        this. Call it after those that do not, such as writes through ``parameter.data``. With ``store_delta=False`` Δ
+        cannot be told from the change, and starts again from zero.
         """
         self._check_open()
         self.displacement.refresh(self._parameters(), self._scale, changed=True)
@@ -575,7 +578,7 @@ class Updater:
         self._load_tuning(*(state_dict[key] for key in tuning))
 
     def _count(self) -> int:
-        """The steps taken: those in replays of a CUDA graph too, those that the device has skipped not."""
+        """The steps taken, as the device counts them: with those in replays of CUDA graphs, without skipped ones."""
         self._steps = int(self._taken)
         return self._steps
 
@@ -645,7 +648,7 @@ class Updater:
         self._restored[part] = moved or self._restored.get(part, False)
 
     def _check_restored(self) -> None:
-        """Raise RuntimeError if one of the two goes on from another step alone."""
+        """Raise RuntimeError if only one of `Updater` and `Mechanic` has loaded a state, and it is of another step."""
         if len(self._restored) == 1 and any(self._restored.values()):
             (part,) = self._restored
             other = "Mechanic" if part == "Updater" else "Updater"
@@ -690,9 +693,10 @@ class Updater:
         return plan
 
     def _base_can_skip(self, one_pass: bool) -> bool:
-        """Whether the coming base step can read on the device that it is to be skipped, as torch's fused ones do.
+        """Whether the base optimizer itself reads on the device if it has to skip the step, as torch's fused ones do.
 
-        Not when parameters have just joined: a fused base would set up their state from a gradient that is not finite.
+        The host then need not wait to know. Not when parameters have just joined: a fused base would set up their state
+        from a gradient that is not finite.
         """
         if self._finite.device.type == "cpu":
             return False
@@ -736,7 +740,7 @@ def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
 
 @contextmanager
 def _held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
-    """Those before a step were called before h was taken, those after it would see one that is not scaled yet."""
+    """Keep an optimizer's step from calling hooks; `Updater` does, before h is taken and after the step is scaled."""
     with (
         held_hooks(optimizer, "_optimizer_step_pre_hooks"),
         held_hooks(optimizer, "_optimizer_step_post_hooks"),
@@ -751,7 +755,7 @@ class _NotFiniteError(Exception):
 
 
 def _first_gradient(parameters: list[Tensor]) -> tuple[int, int] | None:
-    """Which one it is, and its version."""
+    """The identity and version of the first gradient there is: others, if somebody has changed the gradients."""
     gradients = (parameter.grad for parameter in parameters)
     return next(((id(gradient), version(gradient)) for gradient in gradients if gradient is not None), None)
 
@@ -802,6 +806,26 @@ def check_options(
             f"process_group is {process_group!r:.60}; expected a torch.distributed.ProcessGroup, such as "
             "device_mesh.get_group(), or None."
         )
+
+
+def _base_of(optimizer: Any, lr_scheduler: Any) -> Optimizer:
+    """The optimizer that `Updater` keeps of the one it was given; or TypeError, if it cannot scale its steps."""
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+        raise _not_an_optimizer(optimizer, lr_scheduler)
+    # Lightning's and Accelerate's wrappers have no groups of their own: step them, and keep what they wrap.
+    base = optimizer if "param_groups" in vars(optimizer) else getattr(optimizer, "optimizer", optimizer)
+    if isinstance(base, Updater):
+        raise TypeError(
+            "optimizer is an Updater already; expected a plain optimizer, as in "
+            "Updater(torch.optim.SGD(model.parameters(), lr=1.0)). Give the Updater to Mechanic."
+        )
+    if hasattr(base, "mechanic"):
+        raise TypeError(
+            f"optimizer is of type {type(base).__name__}, which tunes itself; expected a plain optimizer. "
+            "Call its step() and leave out Updater and Mechanic."
+        )
+    check_kind(type(base))
+    return base
 
 
 def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:
@@ -857,9 +881,14 @@ class _Guard:
 
 
 def check_kind(kind: type) -> None:
-    """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach."""
+    """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach; warn of L-BFGS."""
     if hasattr(kind, "train") and hasattr(kind, "eval"):
         raise TypeError(
             f"The optimizer is of type {kind.__name__}, which keeps two sets of weights and switches between them with "
             "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
+        )
+    if issubclass(kind, torch.optim.LBFGS):
+        warn(
+            f"The optimizer is of type {kind.__name__}, which chooses its own step lengths: there is no rate to tune, "
+            "and with manic it hardly trains as a rule. Use it alone."
         )

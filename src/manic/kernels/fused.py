@@ -154,7 +154,7 @@ class OnePass:
         gradients: list[Tensor | None],
         weights: Tensor,
         finite: Tensor,
-        restart: bool | Tensor = False,
+        restart: bool | Tensor,
     ) -> None:
         """Take the base's step and move x.
 

@@ -21,7 +21,7 @@ TRANSFER = 1 << 22  # of what is kept in host memory: 16 MiB in float32, long be
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is kept of a tensor of such a dtype has this one, at least float32."""
+    """The dtype of x_ref and Δ for a parameter of a dtype: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -149,7 +149,7 @@ def kept(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: f
 
 
 def fetch(kept: Tensor, x: Tensor) -> Tensor:
-    """What is kept in host memory, on the parameters' device; itself if it is there already."""
+    """A tensor that may be kept in host memory, on the device of x: itself, or a copy."""
     return kept.to(x.device, non_blocking=True)
 
 
@@ -159,7 +159,7 @@ def rows(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Any, ...]]:
 
 
 def blocks(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Any, ...]]:
-    """The same stretch of a part's tensor in each list at a time, part after part; ``None`` stays ``None``."""
+    """Part after part and block after block: the same stretch of every list's tensor; ``None`` stays ``None``."""
     for row in rows(*columns):
         given = [tensor for tensor in row if tensor is not None]
         if given[0].device.type == "cpu":

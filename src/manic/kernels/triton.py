@@ -239,8 +239,9 @@ def _move(
 
 @triton.jit
 def _copy(
-    out, places, chunks, sizes, x,
-    X: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    partial, chunks, sizes, x, out, places,
+    X: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All tensors into one, each at its place."""
     i, start, count = _chunk(chunks, sizes, CHUNK)
@@ -349,11 +350,7 @@ class Table:
     def copy(self) -> Tensor:
         """A copy of all parameters, as `move` takes it."""
         out = torch.empty(self._room, dtype=self.dtype, device=self.sizes.device)
-        arguments = (self.chunks, self.sizes, self.x.addresses)
-        if self.grid[0]:
-            shape = {"ALIGNED": self.x.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}
-            with _on(out):
-                _copy[self.grid](out, self.places, *arguments, X=TYPES[self.dtype], **shape, **LAUNCH)
+        self.launch(_copy, self.x, out, self.places, X=TYPES[self.dtype])
         return out
 
     def parts(self, copy: Tensor) -> list[Tensor]:

@@ -422,8 +422,11 @@ def _tune(
 ) -> tuple[Tensor, Tensor, TunerState, Tensor]:
     """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
     h = tuner.inner_product(sums, scale, config)
-    finite = torch.isfinite(h) & torch.isfinite(sums.grad_square)
+    finite = torch.isfinite(h + sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
-    both = zip(after, state, strict=True)
-    after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
+    if finite.is_cpu:  # where it can be read without waiting
+        after = after if finite else state
+    else:
+        both = zip(after, state, strict=True)
+        after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

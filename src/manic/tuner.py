@@ -465,9 +465,10 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tenso
         m = torch.maximum(betas * m, h.abs())  # (2)
     v = betas**2 * v + h**2  # (3)
     r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
+    won = r.clamp(min=0)
     if config.rule != "optax":
-        r = r.clamp(min=0)  # (4)
-    wealth = start * m + r.clamp(min=0)  # (5)
+        r = won  # (4)
+    wealth = start * m + won  # (5)
     if config.rule == "manic":
         s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
     else:

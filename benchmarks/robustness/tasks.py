@@ -411,8 +411,21 @@ def residual_autoencoder() -> Task:
     return replace(autoencoder(), name="residual autoencoder", make=make)
 
 
+def parities() -> Task:
+    """An odd digit or an even one, from 400 rows."""
+    (images, labels), (valid, valid_labels) = digits()
+    few, odd = (images[:400], labels[:400] % 2), (valid, valid_labels % 2)
+    return Task("parities", lambda: Perceptron(64, 24, 2), cross_entropy, few, odd, batch=32)
+
+
+def few_lines() -> Task:
+    """`lines` from 400 rows."""
+    whole = lines()
+    return replace(whole, name="few lines", train=tuple(part[:400] for part in whole.train), batch=32)
+
+
 CHOOSING = (diabetes, convolution, augmented, transformer, autoencoder, lines, new_digits)
 REPORTED = (tumours, residual, recurrent, factors, picture, new_text)
-APART = (deep, residual_lines, residual_autoencoder)  # for ideas
+APART = (deep, residual_lines, residual_autoencoder, parities, few_lines)  # for ideas
 TASKS = {function.__name__: functools.cache(function) for function in CHOOSING + REPORTED + APART}
 CHEAP = ("diabetes", "autoencoder", "lines", "new_digits", "tumours", "factors", "picture")

@@ -424,9 +424,6 @@ def _tune(
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h + sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
-    if finite.is_cpu:  # where it can be read without waiting
-        after = after if finite else state
-    else:
-        both = zip(after, state, strict=True)
-        after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
+    both = zip(after, state, strict=True)
+    after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
     return h, finite, after, after.scales.sum()

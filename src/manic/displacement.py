@@ -524,6 +524,7 @@ class Displacement:
         """
         for slot in self._active:
             if slot.delta is not None:
+                slot.settle()
                 slot.write(point(slot.reference, slot.delta, (self.rescaled * scale).to(slot.reference.device)))
         for i, bucket in enumerate(self._buckets):
             if before is not None:

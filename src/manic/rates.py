@@ -32,26 +32,11 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
     swa_utils.SWALR: (),
 }
 # Optimizers of which `hand_off` cannot rescale what they keep in their state, or that do not step in proportion to lr.
-NOT_IN_PROPORTION = {
-    "ASGD",
-    "AccSGD",
-    "AdaFactor",
-    "AdamG",
-    "Amos",
-    "ApolloDQN",
-    "FTRL",
-    "Fromage",
-    "MADGRAD",
-    "Magma",
-    "Nero",
-    "RMSpropTF",
-    "Ranger",
-    "Ranger21",
-    "RangerQH",
-    "RangerVA",
-    "Rprop",
-    "SRMM",
-}
+NAMES = (
+    "AccSGD AdaFactor AdamG Amos ApolloDQN ASGD FTRL Fromage MADGRAD Magma Nero Ranger Ranger21 RangerQH RangerVA "
+    "RMSpropTF Rprop SRMM"
+)
+NOT_IN_PROPORTION = set(NAMES.split())
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 

@@ -317,8 +317,8 @@ def test_the_tuner_in_one_launch() -> None:
         state = update(state, torch.tensor(h, dtype=torch.float64), betas, config, learning)
     factor = torch.tensor(2.0, dtype=torch.float64)
     told = torch.tensor(300.0, dtype=torch.float64)
-    cases = product((0.3, torch.nan), (True, False, torch.tensor(True), torch.tensor(False)), (None, told))
-    for h, learning, count in cases:
+    cases = product((0.3, torch.nan), (8, 300, torch.tensor(8), torch.tensor(243), torch.tensor(300)), (None, told))
+    for h, since, count in cases:
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
         arguments = (
             sums,
@@ -326,7 +326,7 @@ def test_the_tuner_in_one_launch() -> None:
             state,
             betas,
             replace(config, steps_per_epoch=count and 2.0),
-            learning,
+            since,
             factor,
             count,
         )
@@ -336,4 +336,5 @@ def test_the_tuner_in_one_launch() -> None:
         for a, b in zip(got[2], want[2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
         torch.testing.assert_close(got[3], want[3], rtol=1e-14, atol=0)
+        assert bool(got[4]) == bool(want[4]) == (int(since) in (8, 243))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

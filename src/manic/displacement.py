@@ -69,6 +69,9 @@ class Slot:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self.offload and local(self.parameter).is_cuda:  # copies of pinned tensors are not
+            self.reference = self.reference.pin_memory()
+            self.delta = None if self.delta is None else self.delta.pin_memory()
         if self._version is not None:
             self.stamp()
 
@@ -220,6 +223,7 @@ class Part:
         self._sizes = [flat.numel() for flat in self._flat]
         self.reference: Tensor = slots[0].reference
         self.delta = slots[0].delta
+        self._backup: Tensor | None = None  # in host memory, for every step: each would pin memory of its own
         if len(slots) > 1:
             slots[0].settle()
             self.reference = _joined([slot.reference for slot in slots])
@@ -243,7 +247,11 @@ class Part:
         x = self.values()
         if x is not self._flat[0] and x.device == self.reference.device:
             return x  # gathered, and so a copy already
-        copy = torch.empty_like(self.reference, dtype=x.dtype, pin_memory=self.reference.is_pinned())
+        copy = self._backup
+        if copy is None:
+            copy = torch.empty_like(self.reference, dtype=x.dtype, pin_memory=self.reference.is_pinned())
+        if x.device != copy.device:
+            self._backup = copy
         return copy.copy_(x, non_blocking=True)
 
     def gradient(self) -> Tensor | None:

@@ -215,14 +215,13 @@ class Mechanic:
             self._skipped_before.copy_(self._skipped)
         config = _in_unit(self._config, self.updater._nominal.unit)
 
-        # A replay of a CUDA graph runs no Python: there, and in steps between replays, the device counts, and decides.
-        taken = self.updater._taken if self._captured else self.updater._steps
-        since = taken + 1 - self._since
-        learning, restart = tuner.is_learning(since, config), tuner.restarts(since, config)
+        # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
+        told = self.updater._steps + 1 - self._since
+        since = self.updater._taken + (1 - self._since) if self._captured or _counts(scale) else told
         tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
-            count = torch.zeros_like(scale).add_(taken + 1)
-        h, finite, after, total = tuned(sums, scale, self._previous, self._betas, config, learning, factor, count)
+            count = torch.zeros_like(scale).add_(since + self._since)
+        h, finite, after, total, restart = tuned(sums, scale, self._previous, self._betas, config, since, factor, count)
         if not tune:
             after, total = self._state, self._state.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -237,13 +236,12 @@ class Mechanic:
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
-        self.updater._propose(total, finite, begin, restart)
+        self.updater._propose(total, finite, begin, restart, not self._captured and tuner.restarts(told, config))
         if tune:
             self._log(h, again)
         if judged:
-            self._diagnosis.watch(
-                self._steps, after, bool(learning), sums, self.updater._nominal.unit, self.updater.displacement.packings
-            )
+            bets, packings = tuner.is_learning(told, config), self.updater.displacement.packings
+            self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
 
     def _welcome(self, sums: Sums, factor: Tensor) -> Sums:
         """Do (14) if many parameters have joined; the sums as they are then, with a Δ that starts again from zero."""
@@ -410,20 +408,26 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _counts(tensor: Tensor) -> bool:
+    """Whether the steps are counted on a tensor's device, where a base optimizer may skip them unseen by the host."""
+    return tensor.is_cuda
+
+
 def _tune(
     sums: Sums,
     scale: Tensor,
     state: TunerState,
     betas: Tensor,
     config: TunerConfig,
-    learning: bool | Tensor,
+    since: int | Tensor,
     factor: Tensor,
     count: Tensor | None,
-) -> tuple[Tensor, Tensor, TunerState, Tensor]:
-    """h, whether it and the gradient are finite, the tuner's next state (the present one if not), and its scale."""
+) -> tuple[Tensor, Tensor, TunerState, Tensor, bool | Tensor]:
+    """h, whether it and the gradient are finite, the next state (the present one if not), its scale, if Δ restarts."""
+    learning = tuner.is_learning(since, config)
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h + sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
     both = zip(after, state, strict=True)
     after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
-    return h, finite, after, after.scales.sum()
+    return h, finite, after, after.scales.sum(), tuner.restarts(since, config)

@@ -119,6 +119,7 @@ class Updater:
         self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._restart: bool | Tensor = False
+        self._restart_away = False
         self._gradient: tuple[int, int] | None = None  # the first one's identity and version
         self._handed_off = False
         self._once = Once()
@@ -231,6 +232,7 @@ class Updater:
         finite: Tensor,
         begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
         restart: bool | Tensor,
+        restart_away: bool,
     ) -> None:
         """Set the scale that the next `step` moves to; `Mechanic.step` calls this.
 
@@ -239,10 +241,11 @@ class Updater:
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
             begin: if given, gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
             restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
+            restart_away: that of the parameters that do not take part, as far as the host knows.
         """
         torch.where(finite, scale, self._scale, out=self._next_scale)
         self._finite.copy_(finite)
-        self._begin, self._restart = begin, restart
+        self._begin, self._restart, self._restart_away = begin, restart, restart_away
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
@@ -315,7 +318,7 @@ class Updater:
                 self._scale.copy_(self._next_scale)
                 self._steps += 1
                 self._taken += self._finite
-                if self._restart is True:
+                if self._restart_away:
                     self.displacement.restart_away()
         except BaseException as error:
             with torch.no_grad():
@@ -367,12 +370,13 @@ class Updater:
             )
         if "found_inf" in told:
             self._finite.logical_and_(told["found_inf"].to(self._finite.device) == 0)
+            torch.where(self._finite, self._next_scale, self._scale, out=self._next_scale)  # the device may skip it
 
     def _move(self, before: Any, finite: Tensor | None, restart: bool | Tensor) -> None:
         """Scale what the base step did."""
         self.displacement.check_memory()
         if self._begin is not None:
-            self._next_scale.copy_(self._begin(*self._first_sizes()))
+            self._next_scale.copy_(torch.where(self._finite, self._begin(*self._first_sizes()), self._scale))
         self.displacement.move(before, self._scale, self._next_scale, finite, restart)
 
     def _take_back(self) -> None:

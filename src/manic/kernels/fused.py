@@ -136,7 +136,8 @@ class OnePass:
         if any(changed):
             held = [(s, p) for column in columns for s, p in zip(column, self._parameters, strict=True)]
             dtypes = {s.dtype for s, _ in held if s is not None}
-            dense = all(s is None or s.stride() == local(p).stride() for s, p in held)
+            here = self._table.sizes.device
+            dense = all(s is None or (s.stride() == local(p).stride() and s.device == here) for s, p in held)
             self._state_fits = len(dtypes) <= 1 and dtypes <= TYPES.keys() and dense
             self._state_dtype = dtypes.pop() if dtypes else self._table.dtype
         if rule.adam:

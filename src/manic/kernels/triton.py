@@ -320,7 +320,8 @@ class Table:
         self.gradient: Column = Column(device, [None] * len(x))
         self._gradient_dtype = self.dtype
         self._converted: list[Tensor | None] = []
-        self._flags = torch.arange(2, device=device).to(torch.bool)
+        # 16 bytes apart, or Triton compiles every kernel once more for a flag whose address is odd.
+        self._flags = torch.arange(2, device=device).to(torch.bool).repeat_interleave(ALIGNMENT)
         self.partial: Tensor = torch.zeros(4, *self.grid, dtype=torch.float64, device=device)
         self.carried: bool = False  # whether the partial sums <Δ, x> and <x, x> are those of the present x
 
@@ -360,7 +361,7 @@ class Table:
 
     def flag(self, value: bool | Tensor) -> Tensor:
         """A bool as kernels read it; one that is on the device already stays there."""
-        return (value if isinstance(value, Tensor) else self._flags[int(value)]).view(torch.uint8)
+        return (value if isinstance(value, Tensor) else self._flags[ALIGNMENT * int(value)]).view(torch.uint8)
 
     def move(
         self, before: Tensor | None, weights: Tensor, finite: bool | Tensor = True, restart: bool | Tensor = False

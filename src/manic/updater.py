@@ -270,6 +270,7 @@ class Updater:
             RuntimeError: there was no ``mechanic.step()`` before, or parameters were added since; a ``GradScaler`` has
                 not unscaled the gradients; another Updater was built on the optimizer since; or after `hand_off`.
             FloatingPointError: with ``nonfinite="raise"``, the gradient after the closure is not finite.
+            TypeError: ``closure`` is not a function, or the optimizer's step put a parameter into new memory.
         """
         if closure is not None and not callable(closure):
             raise TypeError(

@@ -250,8 +250,7 @@ class Part:
         copy = self._backup
         if copy is None:
             copy = torch.empty_like(self.reference, dtype=x.dtype, pin_memory=self.reference.is_pinned())
-        if x.device != copy.device:
-            self._backup = copy
+            self._backup = copy if copy.device != x.device else None
         return copy.copy_(x, non_blocking=True)
 
     def gradient(self) -> Tensor | None:

@@ -217,7 +217,7 @@ class Mechanic:
 
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
         told = self.updater._steps + 1 - self._since
-        since = self.updater._taken + (1 - self._since) if self._captured or _counts(scale) else told
+        since = self.updater._taken + (1 - self._since) if _counts(scale) else told
         tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(since + self._since)

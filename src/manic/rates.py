@@ -91,6 +91,11 @@ class Nominal:
         return [self._rates.get(_first(group), 0.0) for group in groups]
 
 
+def shares(groups: Groups, nominal_rates: list[float]) -> list[Any]:
+    """The rates of groups over their nominal ones, where these are known and not 0; tensors where a rate is one."""
+    return [group["lr"] / rate for group, rate in zip(groups, nominal_rates, strict=True) if rate]
+
+
 def factor(groups: Groups, nominal_rates: list[float], like: Tensor) -> Tensor:
     """The schedule's factor f, from the groups' shares of their nominal rates: max(min(1, the largest), the least).
 
@@ -106,10 +111,9 @@ def factor(groups: Groups, nominal_rates: list[float], like: Tensor) -> Tensor:
         >>> factor(groups, [2.0, 1.0], torch.zeros(()))
         tensor(0.2500)
     """
-    pairs = zip(groups, nominal_rates, strict=True)
-    shares = [group["lr"] / rate for group, rate in pairs if rate]
-    device = [share for share in shares if isinstance(share, Tensor) and share.device == like.device]
-    host = [float(share) for share in shares if not isinstance(share, Tensor) or share.device != like.device]
+    given = shares(groups, nominal_rates)
+    device = [share for share in given if isinstance(share, Tensor) and share.device == like.device]
+    host = [float(share) for share in given if not isinstance(share, Tensor) or share.device != like.device]
     host = [share for share in host if share > 0]
     if not device:
         return torch.full_like(like, max(min(1.0, max(host)), min(host)) if host else 0.0)

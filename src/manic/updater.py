@@ -421,10 +421,8 @@ class Updater:
             )
         schedule.step()
         self._epoch = _epoch_of(schedule)
-        pairs = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
-        lowest = min(
-            (group["lr"] / rate for group, rate in pairs if rate and isinstance(group["lr"], float)), default=1
-        )
+        shares = rates.shares(self.param_groups, self._nominal.of(self.param_groups))
+        lowest = min((share for share in shares if not isinstance(share, Tensor)), default=1)
         if 0 < lowest < LOWEST_FACTOR:
             self._once.warn(
                 "lowest",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ WAYS = {  # number of ranks: ways to spread the model
     2: [
         *("ddp", "fsdp2", "tensor parallel", "zero", "fsdp1"),
         *("fsdp2 offloaded", "ddp in two parts", "fsdp2 in two parts"),
+        *("ddp, held-out rows", "fsdp2, held-out rows", "fsdp1, held-out rows"),
     ],
     4: ["fsdp2", "hybrid", "fsdp2 and tensor parallel"],
 }
+TWO_OBJECTS = ["zero", *(way for way in WAYS[2] if way.endswith("held-out rows"))]  # what takes no drop-in
 
 
 class Model(nn.Module):
@@ -80,13 +83,15 @@ def spread(model: nn.Module, way: str) -> tuple[nn.Module, Any, bool]:
             dist.group.WORLD,
             True,
         )
-    return DistributedDataParallel(model), None, True
+    return DistributedDataParallel(model, gradient_as_bucket_view=True), None, True
 
 
 class Run:
     """A model spread in some way, with either form of the tuner."""
 
     def __init__(self, form: str, way: str) -> None:
+        way, _, rows = way.partition(", ")
+        self.held_out = rows == "held-out rows"
         self.model, group, self.split = spread(Model(), way) if way != "alone" else (Model(), None, False)
         self.form, self.parts = form, 2 if way.endswith("in two parts") else 1
         options: dict[str, Any] = {"s_init": 1e-3}
@@ -107,21 +112,24 @@ class Run:
 
     def train(self, steps: range) -> None:
         for step in steps:
-            x, y = batch(step)
-            if self.split:
-                rows = len(x) // dist.get_world_size()
-                mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
-                x, y = x[mine], y[mine]
             self.updater.zero_grad() if self.form == "two objects" else self.optimizer.zero_grad()
-            for part in range(self.parts):
-                rows = slice(part * len(x) // self.parts, (part + 1) * len(x) // self.parts)
-                with self.exchange(part == self.parts - 1):
-                    ((self.model(x[rows]) - y[rows]).square().mean() / self.parts).backward()
+            self.backward(step)
             if self.form == "two objects":
-                self.mechanic.step()
+                self.mechanic.step(partial(self.backward, 500 + step) if self.held_out else None)
                 self.updater.step()
             else:
                 self.optimizer.step()
+
+    def backward(self, step: int) -> None:
+        x, y = batch(step)
+        if self.split:
+            rows = len(x) // dist.get_world_size()
+            mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+            x, y = x[mine], y[mine]
+        for part in range(self.parts):
+            rows = slice(part * len(x) // self.parts, (part + 1) * len(x) // self.parts)
+            with self.exchange(part == self.parts - 1):
+                ((self.model(x[rows]) - y[rows]).square().mean() / self.parts).backward()
 
     @contextmanager
     def exchange(self, now: bool) -> Iterator[None]:
@@ -233,8 +241,8 @@ def main(folder: Path) -> None:
     results: dict[Any, Any] = {}
     for form in FORMS:
         for way in WAYS[ranks]:
-            if way == "zero" and form == "drop-in":
-                continue  # it wraps an optimizer class itself
+            if form == "drop-in" and way in TWO_OBJECTS:
+                continue
             counter = Counter()
             run = Run(form, way)
             run.train(range(SAVE_AT))

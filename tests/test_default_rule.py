@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -605,12 +606,9 @@ def error_of_a_noisy_fit(seed: int, *, held_out: bool, steps_per_epoch: float | 
         (model(x[rows]) - y[rows]).square().mean().backward()
 
     steps = 300 if held_out else 600
-    for step in range(steps):
-        if held_out and (step < 100 or step % 4 == 0):
-            backward(torch.arange(40))
-            mechanic.step()
+    for _ in range(steps):
         backward(torch.randint(40 if held_out else 0, 200, (32,)))
-        mechanic.step(tune=not held_out)
+        mechanic.step(partial(backward, torch.arange(40)) if held_out else None)
         updater.step()
     optimizer, _ = mechanic.hand_off()
     for _ in range(steps, 600):

@@ -453,6 +453,10 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
             "log_func is 'run.csv'; expected a function of one dict",
         ),
         (
+            lambda: Mechanic(Updater(sgd())).step(torch.tensor(1.0)),
+            r"held_out is tensor\(1\.\); expected a function that computes the loss of held-out rows",
+        ),
+        (
             lambda: Updater(sgd()).load_state_dict("checkpoint.pt"),
             r"is 'checkpoint.pt'; expected what Updater.state_di",
         ),
@@ -464,7 +468,7 @@ def test_arguments_of_another_type(build: Any, message: str) -> None:
 
 
 def test_a_loop_that_never_calls_the_updater_is_told() -> None:
-    """Nothing would train, and nothing else would say so. Two calls, of held-out rows and others, are well."""
+    """Nothing would train, and nothing else would say so. Two calls are well."""
     model = make_net()
     updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
     mechanic = Mechanic(updater)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -202,15 +203,22 @@ def test_held_out_rows_have_a_loss_scale_of_their_own() -> None:
             torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10, enabled=scaled)
             for scale in (2.0**16, 2.0**8)
         )
+
+        def unscaled(scaler: torch.amp.GradScaler, step: int) -> None:
+            x, y = batch(step)
+            scaler.scale((model(x) - y).square().mean()).backward()
+            scaler.unscale_(tuned.target)
+
+        def others(step: int) -> None:
+            unscaled(held_out, 500 + step)
+            held_out.update()
+
         for step in range(STEPS):
-            for scaler, (x, y) in ((held_out, batch(500 + step)), (training, batch(step))):
-                model.zero_grad()
-                scaler.scale((model(x) - y).square().mean()).backward()
-                scaler.unscale_(tuned.target)
-                tuned.mechanic.step(tune=scaler is held_out)
-                if scaler is training:
-                    scaler.step(tuned.target)
-                scaler.update()
+            model.zero_grad()
+            unscaled(training, step)
+            tuned.mechanic.step(partial(others, step))
+            training.step(tuned.target)
+            training.update()
         return flat(model)
 
     expected = trained(scaled=False)

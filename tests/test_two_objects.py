@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -632,19 +633,22 @@ def test_a_second_mechanic_step_replaces_the_first() -> None:
 
 
 @pytest.mark.parametrize("bad", ["held-out rows", "training rows"])
-def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> None:
+def test_a_bad_gradient_where_the_scale_is_learned_from_held_out_rows(bad: str) -> None:
     """Of held-out rows it leaves the scale, and training goes on; of training rows it skips the step alone."""
     model, logged = make_net(), []
     updater, mechanic = pair(model)
     mechanic.log_func = logged.append
+
+    def of(rows: str, step: int) -> None:
+        backward(model, step)
+        if (rows, step % 500) == (bad, 20):
+            assert model.gain.grad is not None
+            model.gain.grad.fill_(math.nan)
+
     for step in range(30):
         before, scale = flat(model), float(mechanic.scale)
-        for rows in ("held-out rows", "training rows"):
-            backward(model, step + 500 * (rows == "held-out rows"))
-            if step == 20 and rows == bad:
-                assert model.gain.grad is not None
-                model.gain.grad.fill_(math.nan)
-            mechanic.step(tune=rows == "held-out rows")
+        of("training rows", step)
+        mechanic.step(partial(of, "held-out rows", 500 + step))
         updater.step()
         assert torch.equal(flat(model), before) == (step == 20 and bad == "training rows")
         if step == 20:
@@ -653,6 +657,78 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_other_rows(bad: str) -> 
             assert (learned == scale) == (bad == "held-out rows")
     assert int(mechanic.state_dict()["skipped"]) == (bad == "training rows")
     assert [row["iter_count"] for row in logged] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(("options", "last"), [({}, 243), ({"steps_per_epoch": 10}, 120), ({"rule": "paper"}, 300)])
+def test_when_held_out_rows_are_asked_for(options: dict[str, Any], last: int) -> None:
+    """In the first hundred steps, then in every fourth up to the last in which the scale is learned; anew by joins."""
+    model, asked = make_net(), []
+    updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, s_init=1e-3, **options)
+    for step in range(1, 301):
+        backward(model, step)
+        kept = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+
+        def held_out(step: int = step) -> None:
+            assert all(p.grad is None for p in model.parameters())
+            asked.append(step)
+            backward(model, 500 + step)
+
+        with torch.no_grad():
+            mechanic.step(held_out)
+        for p, (gradient, values) in zip(model.parameters(), kept, strict=True):
+            assert p.grad is gradient
+            assert gradient is None or torch.equal(gradient, values)
+        updater.step()
+    assert asked == [step for step in range(1, 301) if step <= last and (step <= 100 or step % 4 == 1)]
+
+
+def test_held_out_rows_are_asked_for_again_when_many_parameters_join() -> None:
+    old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(8), requires_grad=False)
+    updater = Updater(torch.optim.AdamW([old, new], lr=1.0))
+    mechanic, asked = Mechanic(updater), []
+
+    def gradients(step: int | None = None) -> None:
+        for parameter in (old, new):
+            parameter.grad = parameter.detach().clone() if parameter.requires_grad else None
+        if step is not None:
+            asked.append(step)
+
+    for step in range(1, 361):
+        new.requires_grad_(step > 250)
+        gradients()
+        mechanic.step(partial(gradients, step))
+        updater.step()
+    assert [step for step in asked if step > 243] == [*range(252, 351), 351, 355, 359]
+
+
+def test_held_out_rows_that_fail_change_nothing() -> None:
+    model, updater, mechanic, _ = pending()
+    backward(model, 30)
+
+    def fail() -> None:
+        backward(model, 500)
+        raise KeyboardInterrupt
+
+    states = [copy.deepcopy(part.state_dict()) for part in (updater, mechanic)]
+    kept = [p.grad for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        mechanic.step(fail)
+    with pytest.raises(ValueError, match=r"held_out\(\) has left no gradient; expected it to compute the loss"):
+        mechanic.step(lambda: None)
+    updater.nonfinite = "raise"
+    with pytest.raises(FloatingPointError, match="Nothing was changed"):
+        mechanic.step(lambda: model.gain.backward(torch.full_like(model.gain, math.nan)))
+    assert all(p.grad is gradient for p, gradient in zip(model.parameters(), kept, strict=True))
+    assert_same_bits([updater.state_dict(), mechanic.state_dict()], states)
+
+
+def test_held_out_rows_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be asked for in every replay."""
+    model, _, mechanic, _ = pending()
+    monkeypatch.setattr("manic.mechanic._is_captured", lambda tensor: True)
+    with pytest.raises(RuntimeError, match="in a step that a CUDA graph captures"):
+        mechanic.step(partial(backward, model, 500))
 
 
 def test_a_scale_that_was_proposed_for_a_skipped_step_is_not_shown() -> None:

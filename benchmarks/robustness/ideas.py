@@ -26,9 +26,10 @@ import torch
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
-from train import FOR_IDEAS, PLAIN, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean, tunes
+from train import FOR_IDEAS, PLAIN, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean
 
 from manic import tuner
+from manic.mechanic import ALWAYS
 from manic.tuner import BETAS
 
 BASES = ("adamw", "sgd", "lion")
@@ -772,7 +773,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
         others = Stack(valid, [50 + seed for seed in stack.seeds]).batches(tuner.LEARNS)
     for step, rows in enumerate(data):
         g = tuned_on = stack.gradient(x, *rows)[0]
-        tuned = [step < until and tunes(step, idea.every) for idea in ideas]
+        tuned = [step < until and (step < ALWAYS or step % idea.every == 0) for idea in ideas]
         if others and any(tuned) and not (clairvoyant and step >= tuner.LEARNS):
             tuned_on = stack.gradient(x, *next(others))[0]
         part, after = factor(schedule, step, steps), x.clone()

@@ -28,7 +28,6 @@ from manic import Mechanic, Updater
 START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
-ALWAYS, EVERY = 100, 4  # it does so in the first steps, and then at every so many
 WIDENINGS = 4  # at most, of a grid by two rates
 CHECKS = 10  # times that the validation loss is measured in a run
 
@@ -223,11 +222,6 @@ def held_out(task: Task, share: float, seed: int) -> tuple[Task, Task]:
     return replace(task, train=(inputs[rest], targets[rest])), replace(task, train=(inputs[rows], targets[rows]))
 
 
-def tunes(step: int, every: int) -> bool:
-    """Whether the scale is learned in a step, counted from 0: in the first `ALWAYS`, then at every so many."""
-    return step < ALWAYS or step % every == 0
-
-
 def is_check(step: int, steps: int) -> bool:
     """Whether the validation loss is measured after a step, counted from 1."""
     return step >= steps or step * CHECKS % steps < CHECKS
@@ -265,16 +259,12 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
     for step, rows in enumerate(chain(rest, batches(task, run.seed, run.steps - until))):
         if switches:
             steppers[0].train()
+        backward(*rows)
         if step < until:
             mechanic, updater = steppers
-            if tunes(step, EVERY):
-                backward(*next(others))
-                mechanic.step()
-            backward(*rows)
-            mechanic.step(tune=False)
+            mechanic.step(lambda: backward(*next(others)))
             updater.step()
         else:
-            backward(*rows)
             for stepper in steppers:
                 stepper.step()
         if is_check(step + 1, run.steps):

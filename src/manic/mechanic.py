@@ -21,7 +21,8 @@ from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import Updater
 
-REPEATS = 10  # calls of `Mechanic.step` for one step that are too many; held-out rows take one
+ALWAYS, EVERY = 100, 4  # the scale is learned from held-out rows in the first steps, then in every so many
+REPEATS = 10  # calls of `Mechanic.step` for one step that are too many
 
 logger: logging.Logger = logging.getLogger("manic")
 
@@ -163,8 +164,7 @@ class Mechanic:
         return [1.0 if self.updater._handed_off else float(self.scale)] * len(self.updater.param_groups)
 
     @outside_graphs
-    @torch.no_grad()
-    def step(self, *, tune: bool = True) -> None:
+    def step(self, held_out: Callable[[], object] | None = None, *, tune: bool = True) -> None:
         """Compute the scale of the coming ``updater.step()`` from the parameters and their gradients.
 
         Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
@@ -177,21 +177,52 @@ class Mechanic:
         elements that take part are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
+            held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
+                ``backward()``. The scale is then learned from these gradients: in each of the first 100 steps, and in
+                every fourth of the others up to `learning_steps`, `held_out` is called with the gradients there are
+                put aside, and they are put back after it. Later it is not called.
             tune: ``False`` only checks that the gradients are finite: it logs nothing, and leaves the scale as it is,
-                or as a call before this one has set it, unless many parameters join. It is for the second of two
-                calls, where the first has the gradients of held-out rows, from which the scale is learned, and the
-                second those of the training rows.
+                or as a call before this one has set it, unless many parameters join.
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
-            ValueError: a gradient is sparse, a parameter group has ``maximize`` or ``differentiable``, or two
-                parameters share memory.
-            RuntimeError: after `hand_off`, or where of this and the updater one alone has loaded the state of another
-                step.
+            ValueError: a gradient is sparse, a parameter group has ``maximize`` or ``differentiable``, two parameters
+                share memory, or `held_out` has left no gradient.
+            TypeError: `held_out` is not a function.
+            RuntimeError: after `hand_off`, where of this and the updater one alone has loaded the state of another
+                step, or `held_out` is given while a CUDA graph is captured.
 
         Warns:
             ScaleWarning: once for each of these.
         """
+        if held_out is not None and not callable(held_out):
+            raise TypeError(
+                f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
+                "its backward(), or nothing."
+            )
+        told = self._told()
+        if held_out is None or not tune or not tuner.is_learning(told, self._config):
+            return self._step(tune)
+        if _is_captured(self._betas):
+            raise RuntimeError(
+                "held_out was given in a step that a CUDA graph captures, and would be called in every replay. Capture "
+                "steps without it, after mechanic.learning_steps."
+            )
+        if told <= ALWAYS or told % EVERY == 1:
+            with self.updater._gradients_aside():
+                with torch.enable_grad():
+                    held_out()
+                if all(parameter.grad is None for parameter in self.updater._parameters()):
+                    raise ValueError(
+                        "held_out() has left no gradient; expected it to compute the loss of held-out rows with the "
+                        "model that is trained, and to call the loss's backward(). Nothing was changed."
+                    )
+                self._step(tune=True)
+        return self._step(tune=False)
+
+    @torch.no_grad()
+    def _step(self, tune: bool) -> None:
+        """Tune with the gradients there are, or only check them."""
         again = self.updater._pending
         self._repeats = self._repeats + 1 if again else 0
         if self._repeats == REPEATS:
@@ -216,7 +247,7 @@ class Mechanic:
         config = _in_unit(self._config, self.updater._nominal.unit)
 
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
-        told = self.updater._steps + 1 - self._since
+        told = self._told()
         since = self.updater._taken + (1 - self._since) if _counts(scale) else told
         tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
         if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
@@ -242,6 +273,10 @@ class Mechanic:
         if judged:
             bets, packings = tuner.is_learning(told, config), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
+
+    def _told(self) -> int:
+        """The number of the coming step since (14), counted from 1, as far as the host knows."""
+        return self.updater._steps + 1 - self._since
 
     def _welcome(self, sums: Sums, factor: Tensor) -> Sums:
         """Do (14) if many parameters have joined; the sums as they are then, with a Δ that starts again from zero."""

@@ -181,6 +181,23 @@ class Updater:
         """Reset the gradients, as the base optimizer's ``zero_grad`` does."""
         self.base_optimizer.zero_grad(set_to_none)
 
+    @contextmanager
+    def _gradients_aside(self) -> Iterator[None]:
+        """Have no gradients for a while, and then those of before."""
+        kept = [(x, x.grad) for x in self._parameters()]
+        with torch.no_grad():  # views may be of memory that the next backward pass writes, as DDP's buckets
+            views = [(grad, grad.clone()) for _, grad in kept if grad is not None and grad._is_view()]
+        try:
+            for x, _ in kept:
+                x.grad = None
+            yield
+        finally:
+            with torch.no_grad():
+                for grad, values in views:
+                    grad.copy_(values)
+            for x, grad in kept:
+                x.grad = grad
+
     def _observe(self) -> Tensor:
         """See who takes part in the coming step; the scale in force, 0-d, in the tuner's units.
 

@@ -606,9 +606,10 @@ def error_of_a_noisy_fit(seed: int, *, held_out: bool, steps_per_epoch: float | 
         (model(x[rows]) - y[rows]).square().mean().backward()
 
     steps = 300 if held_out else 600
+    mechanic.held_out = partial(backward, torch.arange(40)) if held_out else None
     for _ in range(steps):
         backward(torch.randint(40 if held_out else 0, 200, (32,)))
-        mechanic.step(partial(backward, torch.arange(40)) if held_out else None)
+        mechanic.step()
         updater.step()
     optimizer, _ = mechanic.hand_off()
     for _ in range(steps, 600):

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -320,6 +321,28 @@ def test_closure_is_evaluated_once_and_errors_leave_everything() -> None:
         optimizer.step(broken)
     assert torch.is_grad_enabled()
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_held_out_rows(closure: bool) -> None:
+    """The run of the two objects; with a closure too, whose gradients are put back."""
+    model, twin = make_net(), make_net()
+    optimizer = make(model, held_out=lambda: backward(model, 500))
+    updater = Updater(torch.optim.AdamW(twin.parameters(), lr=0.1))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    for step in range(30):
+        if closure:
+            optimizer.step(partial(backward, model, step))
+        else:
+            train(model, optimizer, range(step, step + 1))
+        backward(twin, 500)
+        mechanic.step()
+        backward(twin, step)
+        mechanic.step(tune=False)
+        updater.step()
+    assert relative_difference(flat(model), flat(make_net())) > 1e-3
+    assert torch.equal(flat(model), flat(twin))
+    assert float(optimizer.mechanic.scale) == float(mechanic.scale)
 
 
 def test_a_closure_costs_no_pass_over_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

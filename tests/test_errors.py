@@ -453,7 +453,7 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
             "log_func is 'run.csv'; expected a function of one dict",
         ),
         (
-            lambda: Mechanic(Updater(sgd())).step(torch.tensor(1.0)),
+            lambda: Mechanic(Updater(sgd()), held_out=torch.tensor(1.0)),  # type: ignore
             r"held_out is tensor\(1\.\); expected a function that computes the loss of held-out rows",
         ),
         (

@@ -51,8 +51,10 @@ def run_manic(
     options: dict[str, Any] = {"rule": rule, "s_decay": s_decay, "s_init": s_init, "steps_per_epoch": steps_per_epoch}
     mechanic = Mechanic(updater, **options, log_func=lambda d: hs.append(float(d["h"])))
     for step in range(STEPS if rule == "manic" else PUBLISHED_STEPS):
+        if held_out:
+            mechanic.held_out = partial(backward, model, BATCHES + step)
         backward(model, step)
-        mechanic.step(partial(backward, model, BATCHES + step) if held_out else None)
+        mechanic.step()
         updater.step()
         scales.append(float(mechanic.scale))
     if rule == "manic":

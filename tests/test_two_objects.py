@@ -647,8 +647,9 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_held_out_rows(bad: str) 
 
     for step in range(30):
         before, scale = flat(model), float(mechanic.scale)
+        mechanic.held_out = partial(of, "held-out rows", 500 + step)
         of("training rows", step)
-        mechanic.step(partial(of, "held-out rows", 500 + step))
+        mechanic.step()
         updater.step()
         assert torch.equal(flat(model), before) == (step == 20 and bad == "training rows")
         if step == 20:
@@ -674,8 +675,9 @@ def test_when_held_out_rows_are_asked_for(options: dict[str, Any], last: int) ->
             asked.append(step)
             backward(model, 500 + step)
 
+        mechanic.held_out = held_out
         with torch.no_grad():
-            mechanic.step(held_out)
+            mechanic.step()
         for p, (gradient, values) in zip(model.parameters(), kept, strict=True):
             assert p.grad is gradient
             assert gradient is None or torch.equal(gradient, values)
@@ -697,7 +699,8 @@ def test_held_out_rows_are_asked_for_again_when_many_parameters_join() -> None:
     for step in range(1, 361):
         new.requires_grad_(step > 250)
         gradients()
-        mechanic.step(partial(gradients, step))
+        mechanic.held_out = partial(gradients, step)
+        mechanic.step()
         updater.step()
     assert [step for step in asked if step > 243] == [*range(252, 351), 351, 355, 359]
 
@@ -712,13 +715,16 @@ def test_held_out_rows_that_fail_change_nothing() -> None:
 
     states = [copy.deepcopy(part.state_dict()) for part in (updater, mechanic)]
     kept = [p.grad for p in model.parameters()]
+    mechanic.held_out = fail
     with pytest.raises(KeyboardInterrupt):
-        mechanic.step(fail)
+        mechanic.step()
+    mechanic.held_out = lambda: None
     with pytest.raises(ValueError, match=r"held_out\(\) has left no gradient; expected it to compute the loss"):
-        mechanic.step(lambda: None)
+        mechanic.step()
     updater.nonfinite = "raise"
+    mechanic.held_out = lambda: model.gain.backward(torch.full_like(model.gain, math.nan))
     with pytest.raises(FloatingPointError, match="Nothing was changed"):
-        mechanic.step(lambda: model.gain.backward(torch.full_like(model.gain, math.nan)))
+        mechanic.step()
     assert all(p.grad is gradient for p, gradient in zip(model.parameters(), kept, strict=True))
     assert_same_bits([updater.state_dict(), mechanic.state_dict()], states)
 
@@ -727,8 +733,9 @@ def test_held_out_rows_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None
     """They would be asked for in every replay."""
     model, _, mechanic, _ = pending()
     monkeypatch.setattr("manic.mechanic._is_captured", lambda tensor: True)
-    with pytest.raises(RuntimeError, match="in a step that a CUDA graph captures"):
-        mechanic.step(partial(backward, model, 500))
+    mechanic.held_out = partial(backward, model, 500)
+    with pytest.raises(RuntimeError, match="A CUDA graph captures a step in which the scale is learned from held-out"):
+        mechanic.step()
 
 
 def test_a_scale_that_was_proposed_for_a_skipped_step_is_not_shown() -> None:

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from manic import Mechanic, Updater
 
-START, BASE, HELD_OUT = "start", "base", "manic, held-out rows"
+START, BASE = "start", "base"
+HELD_OUT, VALIDATION = "manic, held-out rows", "manic, validation rows"
 WEIGHT_DECAY = 0.01  # AdamW's, and that of the methods that are measured against it
 HELD_OUT_SHARE = 0.2  # of the training rows, which the tuner learns from instead of the others
 WIDENINGS = 4  # at most, of a grid by two rates
@@ -176,6 +177,7 @@ METHODS = {
     "manic": Method(manic, "manic", tuple(GRIDS)),
     "manic, epoch given": Method(manic_told, "manic", tuple(GRIDS)),
     HELD_OUT: Method(manic_told, "manic", tuple(GRIDS)),
+    VALIDATION: Method(manic_told, "manic", tuple(GRIDS)),
     "optax rule": Method(lambda parameters, run: manic(parameters, run, rule="optax"), "manic", tuple(GRIDS)),
     "mechanic-pytorch": Method(mechanic_pytorch, "mechanic_pytorch", tuple(GRIDS)),
     "Prodigy": Method(prodigy, "prodigyopt", ("adamw",)),
@@ -252,21 +254,22 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    until = min(steppers[0].learning_steps, run.steps // 2) if run.method == HELD_OUT else 0
-    rest = others = iter(())
-    if until:
+    until, rest, others = 0, iter(()), None
+    if run.method == HELD_OUT:
+        until = min(steppers[0].learning_steps, run.steps // 2)
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
+    elif run.method == VALIDATION:
+        others = batches(replace(task, train=task.valid, augment=None), 50 + run.seed, run.steps)
+    if others is not None:
+        steppers[0].held_out = lambda: backward(*next(others))
     for step, rows in enumerate(chain(rest, batches(task, run.seed, run.steps - until))):
         if switches:
             steppers[0].train()
+        if step == until > 0:
+            steppers[0].held_out = None
         backward(*rows)
-        if step < until:
-            mechanic, updater = steppers
-            mechanic.step(lambda: backward(*next(others)))
-            updater.step()
-        else:
-            for stepper in steppers:
-                stepper.step()
+        for stepper in steppers:
+            stepper.step()
         if is_check(step + 1, run.steps):
             if switches:
                 steppers[0].eval()

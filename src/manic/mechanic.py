@@ -47,6 +47,10 @@ class Mechanic:
             first epoch, and more in later ones. After that noise lowers it the more, the more often its rows were seen
             before, and not at all in the first epoch. ``math.inf``: no row comes twice, as where inputs are augmented
             at random. ``None``: not known.
+        held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
+            ``backward()``. The scale is then learned from these gradients: in each of the first 100 steps, and in every
+            fourth after them up to `learning_steps`, `step` calls it, and puts the other gradients back after it. It
+            may also be set later, as an attribute.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group); ``again`` (bool) if it was called for this step before.
@@ -87,6 +91,7 @@ class Mechanic:
         eps: float = 1e-8,
         max_scale: float | None = None,
         steps_per_epoch: float | None = None,
+        held_out: Callable[[], object] | None = None,
         log_func: Callable[[dict[str, Any]], object] | None = None,
         log_every: int = 0,
     ) -> None:
@@ -97,7 +102,7 @@ class Mechanic:
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        check_logging(log_func, log_every)
+        check_functions(held_out, log_func, log_every)
         config = TunerConfig(
             rule=rule,
             betas=betas,
@@ -108,6 +113,7 @@ class Mechanic:
             steps_per_epoch=steps_per_epoch,
         )
         self.updater = updater
+        self.held_out = held_out
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
@@ -164,7 +170,7 @@ class Mechanic:
         return [1.0 if self.updater._handed_off else float(self.scale)] * len(self.updater.param_groups)
 
     @outside_graphs
-    def step(self, held_out: Callable[[], object] | None = None, *, tune: bool = True) -> None:
+    def step(self, *, tune: bool = True) -> None:
         """Compute the scale of the coming ``updater.step()`` from the parameters and their gradients.
 
         Call it after the backward pass, and after anything that changes the gradients (unscaling, clipping). Called
@@ -177,41 +183,30 @@ class Mechanic:
         elements that take part are new, the rule ``"manic"`` lowers the scale and learns it for as many steps more.
 
         Args:
-            held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
-                ``backward()``. The scale is then learned from these gradients: in each of the first 100 steps, and in
-                every fourth of the others up to `learning_steps`, `held_out` is called with the gradients there are
-                put aside, and they are put back after it. Later it is not called.
             tune: ``False`` only checks that the gradients are finite: it logs nothing, and leaves the scale as it is,
                 or as a call before this one has set it, unless many parameters join.
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, a parameter group has ``maximize`` or ``differentiable``, two parameters
-                share memory, or `held_out` has left no gradient.
-            TypeError: `held_out` is not a function.
+                share memory, or ``held_out`` has left no gradient.
             RuntimeError: after `hand_off`, where of this and the updater one alone has loaded the state of another
-                step, or `held_out` is given while a CUDA graph is captured.
+                step, or a CUDA graph would capture ``held_out``.
 
         Warns:
             ScaleWarning: once for each of these.
         """
-        if held_out is not None and not callable(held_out):
-            raise TypeError(
-                f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
-                "its backward(), or nothing."
-            )
-        told = self._told()
-        if held_out is None or not tune or not tuner.is_learning(told, self._config):
+        if self.held_out is None or not tune or not tuner.is_learning(self._told(), self._config):
             return self._step(tune)
         if _is_captured(self._betas):
             raise RuntimeError(
-                "held_out was given in a step that a CUDA graph captures, and would be called in every replay. Capture "
-                "steps without it, after mechanic.learning_steps."
+                "A CUDA graph captures a step in which the scale is learned from held-out rows, and every replay would "
+                "call held_out(). Capture steps after mechanic.learning_steps, or set mechanic.held_out = None."
             )
-        if told <= ALWAYS or told % EVERY == 1:
+        if self._told() <= ALWAYS or self._told() % EVERY == 1:
             with self.updater._gradients_aside():
                 with torch.enable_grad():
-                    held_out()
+                    self.held_out()
                 if all(parameter.grad is None for parameter in self.updater._parameters()):
                     raise ValueError(
                         "held_out() has left no gradient; expected it to compute the loss of held-out rows with the "
@@ -423,8 +418,13 @@ class Mechanic:
         )
 
 
-def check_logging(log_func: Any, log_every: int) -> None:
+def check_functions(held_out: Any, log_func: Any, log_every: int) -> None:
     """Raise TypeError or ValueError unless `Mechanic` can take these."""
+    if held_out is not None and not callable(held_out):
+        raise TypeError(
+            f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
+            "its backward()."
+        )
     if isinstance(log_every, bool) or not isinstance(log_every, numbers.Integral):
         raise TypeError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
     if log_every < 0:

@@ -530,6 +530,9 @@ def test_refused_states() -> None:
     for name in ("config", "tuner"):
         with pytest.raises(ValueError, match=f"{name}=None; expected a dict"):
             Mechanic(updater()).load_state_dict({**mechanic_state, name: None})
+    fewer = {name: value for name, value in mechanic_state["config"].items() if name != "max_scale"}
+    with pytest.raises(ValueError, match=r"a config of rule.*; expected all of rule.*, max_scale, steps_per_epoch"):
+        Mechanic(updater()).load_state_dict({**mechanic_state, "config": fewer})
     broken = {**mechanic_state, "tuner": {name: t[:2] for name, t in mechanic_state["tuner"].items()}}
     with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
         Mechanic(updater()).load_state_dict(broken)

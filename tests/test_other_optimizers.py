@@ -196,6 +196,11 @@ def test_hand_off_refuses_those_that_would_not_go_on_as_before(package: str, mon
     assert differ == listed
 
 
+def test_the_page_names_those_that_hand_off_refuses() -> None:
+    (sentence,) = re.findall(r"So `hand_off\(\)` refuses (.*?)\. With these", PAGE.read_text())
+    assert set(re.findall(r"`(\w+)`", sentence)) == rates.NOT_IN_PROPORTION | {"Adafactor"}
+
+
 def test_an_optimizer_with_two_sets_of_weights_is_refused() -> None:
     schedulefree = pytest.importorskip("schedulefree")
     weight = nn.Parameter(torch.ones(2))

@@ -373,6 +373,11 @@ class Mechanic:
         types = {"config": dict, "tuner": dict, "scale": Tensor, "steps": whole, "since": whole, "skipped": Tensor}
         check_version(state_dict, "Mechanic", tuple(types))
         check_entries(state_dict, "Mechanic", types)
+        if state_dict["config"].keys() != asdict(self._config).keys():
+            raise ValueError(
+                f"The Mechanic state dict has a config of {', '.join(map(str, state_dict['config']))}; expected all of "
+                f"{', '.join(asdict(self._config))}. Load what Mechanic.state_dict() returned, as it was saved."
+            )
         config = TunerConfig(**state_dict["config"])
         n = len(config.betas)
         shapes = {name: tuple(getattr(tensor, "shape", "?")) for name, tensor in state_dict["tuner"].items()}

@@ -25,11 +25,12 @@ class Oracle:
         s_init: float | None,
         eps: float,
         steps_per_epoch: float | None = None,
+        held_out: bool = False,
     ) -> None:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
-        self.steps_per_epoch = steps_per_epoch
-        self.learns = 243 if steps_per_epoch is None else round(min(max(81, 12 * steps_per_epoch), 243))
+        self.steps_per_epoch, self.held_out = steps_per_epoch, held_out
+        self.learns = 243 if steps_per_epoch is None or held_out else round(min(max(81, 12 * steps_per_epoch), 243))
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
@@ -102,6 +103,7 @@ class Oracle:
             self.premium = rise if self.top else 1.0
             self.s = [s * fall * self.premium for s in self.s]
             return
+        seen = 0.0 if self.held_out else seen  # by bets
         before, self.peak, self.top = self.peak, max(self.peak, factor), factor
         if self.rule == "manic":
             held = max(before, 1.0) / max(self.peak, 1.0)

@@ -249,7 +249,7 @@ def scales_of(
     state, betas, found = tuner.init(config), torch.tensor(config.betas, dtype=torch.float64), []
     for step in range(1, steps + 1):
         h, learning = torch.tensor(product(step)), tuner.is_learning(step, config)
-        seen = tuner.seen(torch.tensor(step, dtype=torch.float64), config)
+        seen = tuner.seen(torch.tensor(step, dtype=torch.float64), config.steps_per_epoch)
         state = tuner.update(state, h, betas, config, learning, factor(step), seen)
         found.append(float(state.scales.sum()))
     return found

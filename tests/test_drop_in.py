@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from functools import partial
@@ -327,9 +328,10 @@ def test_closure_is_evaluated_once_and_errors_leave_everything() -> None:
 def test_held_out_rows(closure: bool) -> None:
     """The run of the two objects; with a closure too, whose gradients are put back."""
     model, twin = make_net(), make_net()
-    optimizer = make(model, held_out=lambda: backward(model, 500))
+    optimizer = make(model)
+    optimizer.mechanic.held_out = partial(backward, model, 500)
     updater = Updater(torch.optim.AdamW(twin.parameters(), lr=0.1))
-    mechanic = Mechanic(updater, s_init=1e-3)
+    mechanic = Mechanic(updater, s_init=1e-3, steps_per_epoch=math.inf)
     for step in range(30):
         if closure:
             optimizer.step(partial(backward, model, step))

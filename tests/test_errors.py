@@ -453,10 +453,6 @@ def test_a_copy_between_the_two_steps(copied: Any) -> None:
             "log_func is 'run.csv'; expected a function of one dict",
         ),
         (
-            lambda: Mechanic(Updater(sgd()), held_out=torch.tensor(1.0)),  # type: ignore
-            r"held_out is tensor\(1\.\); expected a function that computes the loss of held-out rows",
-        ),
-        (
             lambda: Updater(sgd()).load_state_dict("checkpoint.pt"),
             r"is 'checkpoint.pt'; expected what Updater.state_di",
         ),

@@ -132,11 +132,14 @@ def test_rows_that_were_seen_before(steps_per_epoch: float, scheduler: str) -> N
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps_per_epoch", [None, 12.5])
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_a_scale_learned_from_held_out_rows(store_delta: bool, scheduler: str) -> None:
-    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, s_init=None, eps=0.0)
+def test_a_scale_learned_from_held_out_rows(store_delta: bool, steps_per_epoch: float | None, scheduler: str) -> None:
+    """Which were not seen before, however long an epoch is; it counts once the scale is learned."""
+    known: dict[str, Any] = {"s_init": None, "steps_per_epoch": steps_per_epoch}
+    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, eps=0.0, held_out=True, **known)
     expected = drive("adamw", scheduler, oracle.step, STEPS, held_out=True)
-    options: dict[str, Any] = {"store_delta": store_delta, "rule": "manic", "s_decay": 0.0, "s_init": None}
+    options: dict[str, Any] = {"store_delta": store_delta, "rule": "manic", "s_decay": 0.0, **known}
     parameters, scale = run_manic("adamw", scheduler, **options, held_out=True)
     same_batches, _ = run_manic("adamw", scheduler, **options)
     assert relative_difference(parameters, same_batches) > 1e-2

@@ -254,14 +254,15 @@ def checkpoints(run: Run) -> Iterator[nn.Module]:
         model.zero_grad()
         task.loss(model(inputs), targets).backward()
 
-    until, rest, others = 0, iter(()), None
+    until = 0  # the step from which on a method with held-out rows trains on them too
+    rest = others = iter(())
+    if run.method in (HELD_OUT, VALIDATION):
+        steppers[0].held_out = lambda: backward(*next(others))
     if run.method == HELD_OUT:
         until = min(steppers[0].learning_steps, run.steps // 2)
         rest, others = (batches(part, run.seed, until) for part in held_out(task, HELD_OUT_SHARE, run.seed))
     elif run.method == VALIDATION:
         others = batches(replace(task, train=task.valid, augment=None), 50 + run.seed, run.steps)
-    if others is not None:
-        steppers[0].held_out = lambda: backward(*next(others))
     for step, rows in enumerate(chain(rest, batches(task, run.seed, run.steps - until))):
         if switches:
             steppers[0].train()

@@ -118,9 +118,9 @@ class Diagnosis:
                 "start",
                 f"At step {steps[bets[-1]]} the scale is at its start, {scales[bets[-1]]:.3g}: at none of the last "
                 f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was "
-                f"{min(gradients):.3g} to {max(gradients):.3g}. There may be nothing to gain, or the optimizer's "
-                "updates lead uphill: is the gradient zero, or is it that of another loss, or does the optimizer "
-                "maximize? rule='paper' may stay at its start for ever.",
+                f"{min(gradients):.3g} to {max(gradients):.3g}. There may be nothing to gain (for the held-out rows, "
+                "if there are some), or the optimizer's updates lead uphill: is the gradient zero, or is it that of "
+                "another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",
             )
         pinned = signs.spread < SPREAD
         pinned_lately, self._pinned = pinned or self._pinned, pinned

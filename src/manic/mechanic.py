@@ -19,7 +19,7 @@ from manic.checkpoint import STATE_VERSION, check_entries, check_version
 from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
-from manic.updater import Updater
+from manic.updater import Updater, held_step_hooks
 
 ALWAYS, EVERY = 100, 4  # the scale is learned from held-out rows in the first steps, then in every so many
 REPEATS = 10  # calls of `Mechanic.step` for one step that are too many
@@ -48,9 +48,10 @@ class Mechanic:
             before, and not at all in the first epoch. ``math.inf``: no row comes twice, as where inputs are augmented
             at random. ``None``: not known.
         held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
-            ``backward()``. The scale is then learned from these gradients: in each of the first 100 steps, and in every
-            fourth after them up to `learning_steps`, `step` calls it, and puts the other gradients back after it. It
-            may also be set later, as an attribute.
+            ``backward()``. The scale is then learned from these gradients: `step` calls it in each of the first 100
+            steps, and in every fourth after them up to `learning_steps`, and puts the other gradients back after it.
+            As such rows were not seen before, ``steps_per_epoch`` counts only after that. Also an attribute, to be set
+            later; for a mechanized optimizer, that of its ``mechanic``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group); ``again`` (bool) if it was called for this step before.
@@ -102,7 +103,7 @@ class Mechanic:
             )
         if updater._claimed:
             raise ValueError("This Updater has a Mechanic already; use that one, or build a new Updater for a new one.")
-        check_functions(held_out, log_func, log_every)
+        check_logging(log_func, log_every)
         config = TunerConfig(
             rule=rule,
             betas=betas,
@@ -113,7 +114,7 @@ class Mechanic:
             steps_per_epoch=steps_per_epoch,
         )
         self.updater = updater
-        self.held_out = held_out
+        self.held_out: Callable[[], object] | None = held_out
         self.log_func = log_func
         self.log_every = log_every
         self._steps = 0
@@ -144,10 +145,16 @@ class Mechanic:
     def learning_steps(self) -> int:
         """The last step that the scale is learned in: 243, or that of twelve epochs if these are known, at least 81.
 
-        If many parameters join on the way, it is as many steps after that. With a published rule, which learns for as
-        long as a run takes, ``sys.maxsize``.
+        With ``held_out`` it is 243. If many parameters join on the way, it is as many steps after that. With a
+        published rule, which learns for as long as a run takes, ``sys.maxsize``.
         """
-        return self._since + self._config.learning_steps
+        return self._since + self._learning.learning_steps
+
+    @property
+    def _learning(self) -> TunerConfig:
+        """What the scale is learned with: of rows that are held out none was seen before."""
+        unseen = self.held_out is not None and self._config.rule == "manic"
+        return replace(self._config, steps_per_epoch=math.inf) if unseen else self._config
 
     @property
     def optimizer(self) -> Optimizer:
@@ -190,34 +197,13 @@ class Mechanic:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
             ValueError: a gradient is sparse, a parameter group has ``maximize`` or ``differentiable``, two parameters
                 share memory, or ``held_out`` has left no gradient.
+            TypeError: ``held_out`` is not a function.
             RuntimeError: after `hand_off`, where of this and the updater one alone has loaded the state of another
                 step, or a CUDA graph would capture ``held_out``.
 
         Warns:
             ScaleWarning: once for each of these.
         """
-        if self.held_out is None or not tune or not tuner.is_learning(self._told(), self._config):
-            return self._step(tune)
-        if _is_captured(self._betas):
-            raise RuntimeError(
-                "A CUDA graph captures a step in which the scale is learned from held-out rows, and every replay would "
-                "call held_out(). Capture steps after mechanic.learning_steps, or set mechanic.held_out = None."
-            )
-        if self._told() <= ALWAYS or self._told() % EVERY == 1:
-            with self.updater._gradients_aside():
-                with torch.enable_grad():
-                    self.held_out()
-                if all(parameter.grad is None for parameter in self.updater._parameters()):
-                    raise ValueError(
-                        "held_out() has left no gradient; expected it to compute the loss of held-out rows with the "
-                        "model that is trained, and to call the loss's backward(). Nothing was changed."
-                    )
-                self._step(tune=True)
-        return self._step(tune=False)
-
-    @torch.no_grad()
-    def _step(self, tune: bool) -> None:
-        """Tune with the gradients there are, or only check them."""
         again = self.updater._pending
         self._repeats = self._repeats + 1 if again else 0
         if self._repeats == REPEATS:
@@ -227,6 +213,42 @@ class Mechanic:
                 "Call it too after every backward pass, with a schedule or without; if gradients are accumulated over "
                 "parts of a batch, call both once, after the last part.",
             )
+        if self.held_out is not None and tune and self._is_learning():
+            asked = self._ask(self.held_out) if self._told() <= ALWAYS or self._told() % EVERY == 1 else None
+            h = self._step(tune=False)
+            h = h if asked is None else asked
+        else:
+            h = self._step(tune)
+        if tune:
+            self._log(h, again)
+
+    def _ask(self, held_out: Callable[[], object]) -> Tensor:
+        """Learn the scale from the gradients of held-out rows, and leave those there are as they are; h."""
+        if _is_captured(self._betas):
+            raise RuntimeError(
+                "A CUDA graph captures a step in which the scale is learned from held-out rows, and every replay would "
+                "call held_out(). Capture steps after mechanic.learning_steps, or set mechanic.held_out = None."
+            )
+        if not callable(held_out):
+            raise TypeError(
+                f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
+                "its backward()."
+            )
+        with self.updater._gradients_aside():
+            with torch.enable_grad():
+                held_out()
+            if all(parameter.grad is None for parameter in self.updater._parameters()):
+                raise ValueError(
+                    "held_out() has left no gradient; expected it to compute the loss of held-out rows with the model "
+                    "that is trained, and not one that this is a copy of, and to call the loss's backward()."
+                )
+            with held_step_hooks(self.updater.base_optimizer):  # they are for the gradients that the step is taken with
+                return self._step(tune=True, rows=" of the held-out rows")
+
+    @torch.no_grad()
+    def _step(self, tune: bool, rows: str = "") -> Tensor:
+        """Tune with the gradients there are, or only check them; h."""
+        again = self.updater._pending
         step = self._steps + (not again)
         self._captured |= _is_captured(self._betas)
         scale = self.updater._observe()
@@ -239,39 +261,45 @@ class Mechanic:
             self._steps = step
             torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
             self._skipped_before.copy_(self._skipped)
-        config = _in_unit(self._config, self.updater._nominal.unit)
+        config = _in_unit(self._learning, self.updater._nominal.unit)
 
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
         told = self._told()
         since = self.updater._taken + (1 - self._since) if _counts(scale) else told
         tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
-        if config.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
+        known = self._learning if self._is_learning() else self._config
+        if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(since + self._since)
-        h, finite, after, total, restart = tuned(sums, scale, self._previous, self._betas, config, since, factor, count)
-        if not tune:
-            after, total = self._state, self._state.scales.sum()
+        h, finite, after, total, restart = tuned(
+            sums, scale, self._previous, self._betas, config, since, factor, known, count
+        )
+        if not tune:  # a bet on other gradients is off if the step is skipped
+            after = _where(finite, self._state, self._previous)
+            total = after.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
             self._steps = step - 1
             self.updater._take_back()
             torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             raise FloatingPointError(
-                f"At step {step} the gradient's norm is {float(norm)} and h is {float(h)}; "
+                f"At step {step} the norm of the gradient{rows} is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
         self.updater._propose(total, finite, begin, restart, not self._captured and tuner.restarts(told, config))
-        if tune:
-            self._log(h, again)
         if judged:
-            bets, packings = tuner.is_learning(told, config), self.updater.displacement.packings
+            bets, packings = self._is_learning(), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
+        return h
 
     def _told(self) -> int:
         """The number of the coming step since (14), counted from 1, as far as the host knows."""
         return self.updater._steps + 1 - self._since
+
+    def _is_learning(self) -> bool:
+        return tuner.is_learning(self._told(), self._learning)
 
     def _welcome(self, sums: Sums, factor: Tensor) -> Sums:
         """Do (14) if many parameters have joined; the sums as they are then, with a Δ that starts again from zero."""
@@ -423,13 +451,8 @@ class Mechanic:
         )
 
 
-def check_functions(held_out: Any, log_func: Any, log_every: int) -> None:
+def check_logging(log_func: Any, log_every: int) -> None:
     """Raise TypeError or ValueError unless `Mechanic` can take these."""
-    if held_out is not None and not callable(held_out):
-        raise TypeError(
-            f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
-            "its backward()."
-        )
     if isinstance(log_every, bool) or not isinstance(log_every, numbers.Integral):
         raise TypeError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
     if log_every < 0:
@@ -461,13 +484,19 @@ def _tune(
     config: TunerConfig,
     since: int | Tensor,
     factor: Tensor,
+    known: TunerConfig,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor, bool | Tensor]:
     """h, whether it and the gradient are finite, the next state (the present one if not), its scale, if Δ restarts."""
     learning = tuner.is_learning(since, config)
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h + sums.grad_square)
-    after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, config))
-    both = zip(after, state, strict=True)
-    after = TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
+    after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, known.steps_per_epoch))
+    after = _where(finite, after, state)
     return h, finite, after, after.scales.sum(), tuner.restarts(since, config)
+
+
+def _where(finite: Tensor, after: TunerState, before: TunerState) -> TunerState:
+    """The next state, or the one before where the step is skipped."""
+    both = zip(after, before, strict=True)
+    return TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
 from manic.displacement import Slot
 from manic.kernels.compiled import outside_graphs
-from manic.mechanic import Mechanic, check_functions
+from manic.mechanic import Mechanic, check_logging
 from manic.tuner import BETAS, TunerConfig, TunerState
 from manic.updater import Updater, check_kind, check_options, held_hooks
 
@@ -46,7 +46,6 @@ def mechanize(
     internal_lr: float | None = 1.0,
     nonfinite: str = "skip",
     process_group: Any = None,
-    held_out: Callable[[], object] | None = None,
     log_func: Callable[[dict[str, Any]], object] | None = None,
     log_every: int = 0,
 ) -> Any:
@@ -58,7 +57,7 @@ def mechanize(
 
     Args:
         base: a subclass of ``torch.optim.Optimizer``.
-        rule, betas, s_decay, s_init, eps, max_scale, steps_per_epoch, held_out, log_func, log_every: see `Mechanic`.
+        rule, betas, s_decay, s_init, eps, max_scale, steps_per_epoch, log_func, log_every: see `Mechanic`.
         store_delta, cpu_offload, internal_lr, nonfinite, process_group: see `Updater`.
 
     Returns:
@@ -87,7 +86,7 @@ def mechanize(
         )
     check_kind(base)
     check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
-    check_functions(held_out, log_func, log_every)
+    check_logging(log_func, log_every)
     updater = {
         "store_delta": store_delta,
         "cpu_offload": cpu_offload,
@@ -104,8 +103,8 @@ def mechanize(
         max_scale=max_scale,
         steps_per_epoch=steps_per_epoch,
     )
-    mechanic = {**asdict(config), "held_out": held_out, "log_func": log_func, "log_every": log_every}
-    key = (base, config, *updater.values(), id(held_out), id(log_func), log_every)
+    mechanic = {**asdict(config), "log_func": log_func, "log_every": log_every}
+    key = (base, config, *updater.values(), id(log_func), log_every)
     made = _classes.get(key)
     if made is None:
         options = {"updater": updater, "mechanic": mechanic}

@@ -370,14 +370,14 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
     return config.rule != "manic" or step <= config.learning_steps
 
 
-def seen(step: Any, config: TunerConfig) -> Tensor | None:
+def seen(step: Any, steps_per_epoch: float | None) -> Tensor | None:
     """e: how often the rows of a step, counted from 1, were seen before, about; ``None`` if E is not known.
 
     Example:
-        >>> seen(torch.tensor([50.0, 100.0, 250.0]), TunerConfig(steps_per_epoch=100))
+        >>> seen(torch.tensor([50.0, 100.0, 250.0]), 100)
         tensor([0.0000, 0.0000, 1.5000])
     """
-    return None if config.steps_per_epoch is None else (step / config.steps_per_epoch - 1).clamp(min=0)
+    return None if steps_per_epoch is None else (step / steps_per_epoch - 1).clamp(min=0)
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:

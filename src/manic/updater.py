@@ -235,9 +235,10 @@ class Updater:
         newcomers, self.displacement.newcomers = self.displacement.newcomers, set()
         if self.displacement.process_group is not None:
             return 0.0, 0.0
-        pairs = zip(self.param_groups, self._nominal.of(self.param_groups), strict=True)
-        slots = self.displacement.slots
-        sizes = {x: x.numel() * rate**2 for group, rate in pairs for x in group["params"] if x in slots}
+        slots, nominal = self.displacement.slots, self._nominal.of(self.param_groups)
+        largest = max(nominal) or 1.0  # their squares might be out of range
+        pairs = zip(self.param_groups, nominal, strict=True)
+        sizes = {x: x.numel() * (rate / largest) ** 2 for group, rate in pairs for x in group["params"] if x in slots}
         older = sum(size for x, size in sizes.items() if x not in newcomers)
         new = sum(size for x, size in sizes.items() if x in newcomers and not slots[x].away)
         now = sum(size for x, size in sizes.items() if not slots[x].away)
@@ -324,7 +325,7 @@ class Updater:
             with (
                 self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
-                _held_step_hooks(self.base_optimizer),
+                held_step_hooks(self.base_optimizer),
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -464,7 +465,7 @@ class Updater:
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            with self._rates_times(0), _held_step_hooks(self.base_optimizer):
+            with self._rates_times(0), held_step_hooks(self.base_optimizer):
                 self.base_optimizer.step()
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -514,7 +515,7 @@ class Updater:
         if self.lr_scheduler is None and others:
             warn(
                 "Rates that are set again from here on, by hand or by a schedule that Updater was not given, lack the "
-                f"scale: multiply them (a schedule's base_lrs, as a rule) by {scale:.6g}, or give it to Updater."
+                f"scale: multiply them (a schedule's base_lrs, as a rule) by {scale:.6g}."
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self._take_back()
@@ -759,7 +760,7 @@ def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
+def held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
     """Keep an optimizer's step from calling hooks; `Updater` does, before h is taken and after the step is scaled."""
     with (
         held_hooks(optimizer, "_optimizer_step_pre_hooks"),

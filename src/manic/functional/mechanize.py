@@ -141,7 +141,7 @@ def mechanize(
         steps = state.steps + 1
         factor = getattr(config, "lr", state.lr) / state.lr
         learning = tuner.is_learning(steps, constants)
-        seen = tuner.seen(steps.to(scale.dtype), constants)
+        seen = tuner.seen(steps.to(scale.dtype), constants.steps_per_epoch)
         tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, seen)
         if constants.s_init is None:
             tuned = _begun(tuned, sums.grad_square, params, tentative, factor, constants)

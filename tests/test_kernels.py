@@ -320,16 +320,8 @@ def test_the_tuner_in_one_launch() -> None:
     cases = product((0.3, torch.nan), (8, 300, torch.tensor(8), torch.tensor(243), torch.tensor(300)), (None, told))
     for h, since, count in cases:
         sums = Sums(*torch.tensor([h, 0.2, 0.3, 0.4], dtype=torch.float64))
-        arguments = (
-            sums,
-            torch.tensor(0.5, dtype=torch.float64),
-            state,
-            betas,
-            replace(config, steps_per_epoch=count and 2.0),
-            since,
-            factor,
-            count,
-        )
+        scale, known = torch.tensor(0.5, dtype=torch.float64), replace(config, steps_per_epoch=count and 2.0)
+        arguments = (sums, scale, state, betas, known, since, factor, known, count)
         got, want = (function(*arguments) for function in (compiled.one_launch(_tune), _tune))
         assert bool(got[1]) == (h == 0.3)
         assert torch.equal(want[2].scales, state.scales) == (h != 0.3)

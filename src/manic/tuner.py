@@ -95,7 +95,7 @@ without it (``docs/tried.md``):
 - *Lost bets count less*, if E is given (4'). Steps of a good rate bounce, and are told so by an h above 0: the rate at
   which it is 0 on average is too low. In later epochs an h that is too low makes up for that, since longer steps always
   add to what a net knows by heart. So a lost bet counts half in the first epoch, and the more, the more often the rows
-  were seen.
+  were seen. Rows that are held out never were: where h is of these, E is taken for infinite up to T.
 - *Bets end* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about the rate
   than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one to go
   slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from clean

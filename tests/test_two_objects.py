@@ -661,7 +661,7 @@ def test_a_bad_gradient_where_the_scale_is_learned_from_held_out_rows(bad: str) 
 
 @pytest.mark.parametrize(("options", "last"), [({}, 243), ({"steps_per_epoch": 10}, 243), ({"rule": "paper"}, 300)])
 def test_when_held_out_rows_are_asked_for(options: dict[str, Any], last: int) -> None:
-    """In the first hundred steps, then in every fourth up to the last in which the scale is learned; anew by joins."""
+    """In the first hundred steps, then in every fourth up to the last in which the scale is learned."""
     model, asked = make_net(), []
     updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
     mechanic = Mechanic(updater, s_init=1e-3, **options)

@@ -19,7 +19,7 @@ from manic.checkpoint import STATE_VERSION, check_entries, check_version
 from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
-from manic.updater import Updater, held_step_hooks
+from manic.updater import Updater
 
 ALWAYS, EVERY = 100, 4  # the scale is learned from held-out rows in the first steps, then in every so many
 REPEATS = 10  # calls of `Mechanic.step` for one step that are too many
@@ -154,7 +154,7 @@ class Mechanic:
     def _learning(self) -> TunerConfig:
         """What the scale is learned with: of rows that are held out none was seen before."""
         unseen = self.held_out is not None and self._config.rule == "manic"
-        return replace(self._config, steps_per_epoch=math.inf) if unseen else self._config
+        return _of_new_rows(self._config) if unseen else self._config
 
     @property
     def optimizer(self) -> Optimizer:
@@ -213,14 +213,12 @@ class Mechanic:
                 "Call it too after every backward pass, with a schedule or without; if gradients are accumulated over "
                 "parts of a batch, call both once, after the last part.",
             )
-        if self.held_out is not None and tune and self._is_learning():
-            asked = self._ask(self.held_out) if self._told() <= ALWAYS or self._told() % EVERY == 1 else None
-            h = self._step(tune=False)
-            h = h if asked is None else asked
-        else:
-            h = self._step(tune)
+        held_out = self.held_out if tune and self._is_learning() else None
+        due = self._told() <= ALWAYS or self._told() % EVERY == 1
+        asked = self._ask(held_out) if held_out is not None and due else None
+        h = self._step(tune and held_out is None)
         if tune:
-            self._log(h, again)
+            self._log(h if asked is None else asked, again)
 
     def _ask(self, held_out: Callable[[], object]) -> Tensor:
         """Learn the scale from the gradients of held-out rows, and leave those there are as they are; h."""
@@ -242,16 +240,15 @@ class Mechanic:
                     "held_out() has left no gradient; expected it to compute the loss of held-out rows with the model "
                     "that is trained, and not one that this is a copy of, and to call the loss's backward()."
                 )
-            with held_step_hooks(self.updater.base_optimizer):  # they are for the gradients that the step is taken with
-                return self._step(tune=True, rows=" of the held-out rows")
+            return self._step(tune=True, held_out=True)
 
     @torch.no_grad()
-    def _step(self, tune: bool, rows: str = "") -> Tensor:
-        """Tune with the gradients there are, or only check them; h."""
+    def _step(self, tune: bool, *, held_out: bool = False) -> Tensor:
+        """Tune with the gradients there are, which may be those of held-out rows, or only check them; h."""
         again = self.updater._pending
         step = self._steps + (not again)
         self._captured |= _is_captured(self._betas)
-        scale = self.updater._observe()
+        scale = self.updater._observe(hooks=not held_out)
         self._to(scale)
         factor = self.updater._factor
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
@@ -281,8 +278,9 @@ class Mechanic:
             self.updater._take_back()
             torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
+            whose = "gradient of the held-out rows" if held_out else "gradient"
             raise FloatingPointError(
-                f"At step {step} the norm of the gradient{rows} is {float(norm)} and h is {float(h)}; "
+                f"At step {step} the norm of the {whose} is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
@@ -459,6 +457,12 @@ def check_logging(log_func: Any, log_every: int) -> None:
         raise ValueError(f"log_every is {log_every!r}; expected a whole number of steps, 0 or more.")
     if log_func is not None and (isinstance(log_func, type) or not callable(log_func)):
         raise TypeError(f"log_func is {log_func!r}; expected a function of one dict, or an object such as History().")
+
+
+@lru_cache
+def _of_new_rows(config: TunerConfig) -> TunerConfig:
+    """The config, for rows of which none comes twice."""
+    return replace(config, steps_per_epoch=math.inf)
 
 
 @lru_cache

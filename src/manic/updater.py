@@ -198,18 +198,22 @@ class Updater:
             for x, grad in kept:
                 x.grad = grad
 
-    def _observe(self) -> Tensor:
+    def _observe(self, *, hooks: bool) -> Tensor:
         """See who takes part in the coming step; the scale in force, 0-d, in the tuner's units.
 
         `Mechanic.step` calls this. It is here that parameters get their x_ref, that changes made by others since the
         last step are noticed, and that hooks before the base optimizer's step are called: what they do counts.
+
+        Args:
+            hooks: whether to call them: for the gradients that the step is taken with.
 
         Raises:
             ValueError: a group has ``maximize`` or ``differentiable``, or two parameters share memory.
         """
         self._check_open()
         self._check_restored()
-        self._call_hooks("pre", self.base_optimizer)
+        if hooks:
+            self._call_hooks("pre", self.base_optimizer)
         self._check_groups()
         self._nominal.settle(self.param_groups)
         parameters = self._parameters()
@@ -325,7 +329,7 @@ class Updater:
             with (
                 self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
-                held_step_hooks(self.base_optimizer),
+                _held_step_hooks(self.base_optimizer),
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -465,7 +469,7 @@ class Updater:
         try:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            with self._rates_times(0), held_step_hooks(self.base_optimizer):
+            with self._rates_times(0), _held_step_hooks(self.base_optimizer):
                 self.base_optimizer.step()
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -760,7 +764,7 @@ def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
+def _held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
     """Keep an optimizer's step from calling hooks; `Updater` does, before h is taken and after the step is scaled."""
     with (
         held_hooks(optimizer, "_optimizer_step_pre_hooks"),

@@ -726,12 +726,42 @@ def test_held_out_rows_that_fail_change_nothing() -> None:
         TypeError, match=r"held_out is tensor\(1\.\); expected a function that computes the loss of held-"
     ):
         mechanic.step()
+    mechanic.held_out = mechanic.step
+    with pytest.raises(RuntimeError, match=r"held_out\(\) takes a step, in which it would be called again; expected"):
+        mechanic.step()
     updater.nonfinite = "raise"
     mechanic.held_out = lambda: model.gain.backward(torch.full_like(model.gain, math.nan))
     with pytest.raises(FloatingPointError, match="At step 31 the norm of the gradient of the held-out rows is nan"):
         mechanic.step()
     assert all(p.grad is gradient for p, gradient in zip(model.parameters(), kept, strict=True))
     assert_same_bits([updater.state_dict(), mechanic.state_dict()], states)
+
+
+def test_what_held_out_rows_have_said_is_taken_back_if_the_step_is_refused() -> None:
+    """As for a sparse gradient, which the tuner sees when it has bet on those of held-out rows."""
+    model = make_net()
+    updater, mechanic = pair(model)
+    mechanic.held_out = partial(backward, model, 500)
+    train(model, updater, mechanic, range(10))
+    states = [copy.deepcopy(part.state_dict()) for part in (updater, mechanic)]
+    scale, weights = float(updater.scale), flat(model)
+
+    backward(model, 10)
+    assert model.gain.grad is not None
+    kept, model.gain.grad = model.gain.grad, model.gain.grad.to_sparse()
+    with pytest.raises(ValueError, match="expected a dense one"):
+        mechanic.step()
+    assert float(updater.scale) == scale
+    with pytest.raises(RuntimeError, match=r"without a mechanic.step\(\)"):
+        updater.step()
+    assert_same_bits([updater.state_dict(), mechanic.state_dict()], states)
+    assert torch.equal(flat(model), weights)
+
+    model.gain.grad = kept
+    mechanic.step()
+    updater.step()
+    assert float(updater.scale) != scale
+    assert mechanic.state_dict()["steps"] == 11
 
 
 def test_steps_that_are_skipped_leave_what_held_out_rows_have_said() -> None:

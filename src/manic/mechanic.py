@@ -120,6 +120,7 @@ class Mechanic:
         self._steps = 0
         self._repeats = 0  # calls of `step` before this one for the same step
         self._since = 0  # steps taken before (14)
+        self._asks = False  # while held_out is called
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
         self._skipped_before = self._skipped.clone()  # before the step that is pending
@@ -199,7 +200,7 @@ class Mechanic:
                 share memory, or ``held_out`` has left no gradient.
             TypeError: ``held_out`` is not a function.
             RuntimeError: after `hand_off`, where of this and the updater one alone has loaded the state of another
-                step, or a CUDA graph would capture ``held_out``.
+                step, a CUDA graph would capture ``held_out``, or ``held_out`` takes a step.
 
         Warns:
             ScaleWarning: once for each of these.
@@ -215,8 +216,12 @@ class Mechanic:
             )
         held_out = self.held_out if tune and self._is_learning() else None
         due = self._told() <= ALWAYS or self._told() % EVERY == 1
-        asked = self._ask(held_out) if held_out is not None and due else None
-        h = self._step(tune and held_out is None)
+        try:
+            asked = self._ask(held_out) if held_out is not None and due else None
+            h = self._step(tune and held_out is None)
+        except BaseException:
+            self._take_back()
+            raise
         if tune:
             self._log(h if asked is None else asked, again)
 
@@ -232,9 +237,18 @@ class Mechanic:
                 f"held_out is {held_out!r:.60}; expected a function that computes the loss of held-out rows and calls "
                 "its backward()."
             )
+        if self._asks:
+            raise RuntimeError(
+                "held_out() takes a step, in which it would be called again; expected it to compute the loss of "
+                "held-out rows and to call its backward(), and no more."
+            )
         with self.updater._gradients_aside():
-            with torch.enable_grad():
-                held_out()
+            self._asks = True
+            try:
+                with torch.enable_grad():
+                    held_out()
+            finally:
+                self._asks = False
             if all(parameter.grad is None for parameter in self.updater._parameters()):
                 raise ValueError(
                     "held_out() has left no gradient; expected it to compute the loss of held-out rows with the model "
@@ -254,10 +268,7 @@ class Mechanic:
         seeks, judged = self._seeks(step), self._diagnosis.looks_at(step) and not self._captured
         sums = self.updater.displacement.sums(scale, complete=self._config.s_decay != 0 or seeks or judged)
         sums = self._welcome(sums, factor)
-        if not again:
-            self._steps = step
-            torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
-            self._skipped_before.copy_(self._skipped)
+        before = self._previous if again else self._state
         config = _in_unit(self._learning, self.updater._nominal.unit)
 
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
@@ -267,22 +278,21 @@ class Mechanic:
         known = self._learning if self._is_learning() else self._config
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(since + self._since)
-        h, finite, after, total, restart = tuned(
-            sums, scale, self._previous, self._betas, config, since, factor, known, count
-        )
+        h, finite, after, total, restart = tuned(sums, scale, before, self._betas, config, since, factor, known, count)
         if not tune:  # a bet on other gradients is off if the step is skipped
-            after = _where(finite, self._state, self._previous)
+            after = _where(finite, self._state, before)
             total = after.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
-            self._steps = step - 1
-            self.updater._take_back()
-            torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
             norm = self.updater.displacement.sums(scale).grad_square.sqrt()
             whose = "gradient of the held-out rows" if held_out else "gradient"
             raise FloatingPointError(
                 f"At step {step} the norm of the {whose} is {float(norm)} and h is {float(h)}; "
                 "expected finite numbers. Nothing was changed. Is the loss diverging? nonfinite='skip' goes on."
             )
+        if not again:
+            self._steps = step
+            torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
+            self._skipped_before.copy_(self._skipped)
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
@@ -291,6 +301,14 @@ class Mechanic:
             bets, packings = self._is_learning(), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
         return h
+
+    def _take_back(self) -> None:
+        """Forget the scale that waits for `Updater.step`, if one does, and what was learned for it."""
+        if self.updater._pending:
+            self._steps -= 1
+            self.updater._take_back()
+            torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
+            self._skipped.copy_(self._skipped_before)
 
     def _told(self) -> int:
         """The number of the coming step since (14), counted from 1, as far as the host knows."""

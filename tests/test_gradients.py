@@ -159,17 +159,19 @@ def test_steps_that_the_device_skips_do_not_count(monkeypatch: pytest.MonkeyPatc
     assert relative_difference(on_device, on_host) < 1e-6
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("skips", ["host", "device"])
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_a_step_that_only_the_scaler_knows_to_be_bad_is_skipped(
-    store_delta: bool, skips: str, monkeypatch: pytest.MonkeyPatch
+    store_delta: bool, skips: str, nonfinite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients of the training rows, where the scale is learned from others, and nobody has checked them."""
     if skips == "device":
         skip_on_the_device(monkeypatch)
     model = make_net()
     del model.unused
-    updater = Updater(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), store_delta=store_delta)
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    updater = Updater(base, store_delta=store_delta, nonfinite=nonfinite)
     mechanic = Mechanic(updater, s_init=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(10):

@@ -247,6 +247,12 @@ def test_a_hundred_steps(
     assert len(one_pass_steps) == (99 if form == "fused" else 0)  # the base sets up its state in the first
 
 
+def with_hook(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = AdamW(params, lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
 COVERED = {
     "adamw": lambda params: AdamW(params, lr=1.0),
     "adamw, fused, a group of its own": lambda params: AdamW(
@@ -256,6 +262,7 @@ COVERED = {
     ),
     "adam": lambda params: Adam(params, lr=1.0, weight_decay=0.1),
     "adamw, lr in a tensor": lambda params: AdamW(params, lr=torch.tensor(1.0, device=DEVICE), fused=True),
+    "adamw, a hook": with_hook,  # which `Updater` calls
     "sgd": lambda params: SGD(params, lr=1.0),
     "sgd, momentum": lambda params: SGD(params, lr=1.0, momentum=0.9, dampening=0.1, weight_decay=0.01),
     "sgd, nesterov": lambda params: SGD(params, lr=1.0, momentum=0.9, nesterov=True),
@@ -287,12 +294,6 @@ class Subclass(AdamW):
     """One that may do anything in its step."""
 
 
-def with_hook(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optimizer = AdamW(params, lr=1.0)
-    optimizer.register_step_post_hook(lambda *_: None)
-    return optimizer
-
-
 def with_another_step(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     optimizer: Any = AdamW(params, lr=1.0)
     step = optimizer.step
@@ -303,7 +304,6 @@ def with_another_step(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 NOT_COVERED = {
     "amsgrad": lambda params: AdamW(params, lr=1.0, amsgrad=True),
     "subclass": lambda params: Subclass(params, lr=1.0),
-    "hook": with_hook,
     "step replaced": with_another_step,
     "other class": lambda params: torch.optim.RMSprop(params, lr=1.0),
     "groups that differ": lambda params: SGD([{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}], lr=1.0),

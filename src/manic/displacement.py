@@ -185,7 +185,7 @@ class Slot:
         self.reference.copy_(self._flat(local_part(tensors["reference"], self.parameter)))
         if self.delta is not None:
             self.delta.copy_(self._flat(local_part(tensors["delta"], self.parameter)))
-        self._version, self.away = None, False
+        self._version = None
 
     def _empty(self, numel: int) -> Tensor:
         x = _real(local(self.parameter))
@@ -711,32 +711,33 @@ def _pack(active: list[Slot], reduction: Reduction) -> list[Bucket | Batch]:
     Those of a group are one batch if the kernels of Triton take them. Else a large one is a part of its own, small ones
     share a part until it is large, and every few parts are a bucket.
     """
-    total: dict[torch.device, int] = {}
-    parts: dict[Any, list[list[Slot]]] = {}
-    packs: dict[Any, list[Slot]] = {}
-    packed: dict[Any, int] = {}
     batches: dict[Any, list[Slot]] = {}
+    others: dict[Any, list[Slot]] = {}
+    total: dict[torch.device, int] = {}  # of others
     for slot in active:
-        reference, share, device = slot.reference, reduction.share(slot.parameter), local(slot.parameter).device
-        kind = (device, slot.parameter.dtype, share)
-        if not slot.offload and in_tables(local(slot.parameter)) and slot.is_dense():
+        x = local(slot.parameter)
+        kind = (x.device, x.dtype, reduction.share(slot.parameter))
+        if not slot.offload and in_tables(x) and slot.is_dense():
             batches.setdefault(kind, []).append(slot)
-            continue
-        total[device] = total.get(device, 0) + reference.numel()
-        of_kind = parts.setdefault(kind, [])
-        if reference.numel() >= PACK:
-            of_kind.append([slot])
-            continue
-        if kind not in packs:
-            of_kind.append(packs.setdefault(kind, []))
-            packed[kind] = 0
-        packs[kind].append(slot)
-        packed[kind] += reference.numel()
-        if packed[kind] >= 4 * PACK:
-            del packs[kind]
+        else:
+            others.setdefault(kind, []).append(slot)
+            total[x.device] = total.get(x.device, 0) + slot.reference.numel()
     buckets: list[Bucket | Batch] = [Batch(slots, share) for (_, _, share), slots in batches.items()]
-    for (device, _, share), of_kind in parts.items():
-        made = [Part(slots) for slots in of_kind]
+    for (device, _, share), slots in others.items():
+        parts: list[list[Slot]] = []
+        pack: list[Slot] = []
+        packed = 0
+        for slot in slots:
+            if slot.reference.numel() >= PACK:
+                parts.append([slot])
+                continue
+            if not pack:
+                parts.append(pack)
+            pack.append(slot)
+            packed += slot.reference.numel()
+            if packed >= 4 * PACK:
+                pack, packed = [], 0
+        made = [Part(some) for some in parts]
         buckets += [Bucket(made[i : i + FEW], device, share, total[device]) for i in range(0, len(made), FEW)]
     return buckets
 

@@ -192,7 +192,7 @@ class Mechanic:
 
         Args:
             tune: ``False`` only checks that the gradients are finite: it logs nothing, and leaves the scale as it is,
-                or as a call before this one has set it, unless many parameters join.
+                or as a call before this one has set it, unless s_init is still to be found or many parameters join.
 
         Raises:
             FloatingPointError: the gradient or h is not finite and the updater was built with ``nonfinite="raise"``.
@@ -274,7 +274,7 @@ class Mechanic:
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
         told = self._told()
         since = self.updater._taken + (1 - self._since) if _counts(scale) else told
-        tuned, count = one_launch(_tune) if scale.is_cuda else _tune, None
+        tuned, count = partial(one_launch, _tune) if scale.is_cuda else _tune, None
         known = self._learning if self._is_learning() else self._config
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(since + self._since)
@@ -370,8 +370,8 @@ class Mechanic:
         Raises:
             RuntimeError: the scale is still zero.
             TypeError: this is the ``mechanic`` of a mechanized optimizer, which has no plain one to give back.
-            ValueError: it is not known which of the scheduler's numbers are rates, or the optimizer is one of torch's
-                ``ASGD``, ``Rprop`` and ``Adafactor``, which cannot be rescaled; nothing was changed.
+            ValueError: it is not known which of the scheduler's numbers are rates, or the optimizer's state or step is
+                not in proportion to its rate, as with ``ASGD``, ``Rprop`` or ``Adafactor``; nothing was changed.
 
         Warns:
             UserWarning: a schedule that the updater was not given will set the rates again.

@@ -25,8 +25,8 @@ from manic.updater import Updater, check_kind, check_options, held_hooks
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")
-NAMES = "version kind config tuner scale unit steps since skipped taken dtypes rates"
-GROUP_KEYS = tuple(f"mechanic_{name}" for name in NAMES.split())
+NAMES = ["version", "kind", "config", "tuner", "scale", "unit", "steps", "since", "skipped", "taken", "dtypes", "rates"]
+GROUP_KEYS = tuple(f"mechanic_{name}" for name in NAMES)
 
 _classes: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
@@ -200,7 +200,7 @@ class _Mechanized(Optimizer):
         mechanic |= {"unit": self.updater._nominal.unit, "rates": self.updater._nominal.of(self.updater.param_groups)}
         mechanic |= {"taken": self.updater._count(), "dtypes": dtypes(self), "kind": self._base.__name__}
         for group in state_dict["param_groups"]:
-            group.update({key: copy.deepcopy(mechanic[key.removeprefix("mechanic_")]) for key in GROUP_KEYS})
+            group.update({f"mechanic_{name}": copy.deepcopy(mechanic[name]) for name in NAMES})
         return self._hooked(self._optimizer_state_dict_post_hooks, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,17 +236,16 @@ class _Mechanized(Optimizer):
             raise ValueError(
                 f"The state dict has no param_groups; expected the state dict of a mechanized {self._base.__name__}."
             )
-        saved = {key: groups[0].get(key) for key in GROUP_KEYS}
-        if saved["mechanic_version"] is not None:
-            check_version({"version": saved["mechanic_version"]}, "optimizer's", ())
-        missing = [key for key, value in saved.items() if value is None]
+        mechanic = {name: groups[0].get(f"mechanic_{name}") for name in NAMES}
+        if mechanic["version"] is not None:
+            check_version(mechanic, "optimizer's", ())
+        missing = [f"mechanic_{name}" for name, value in mechanic.items() if value is None]
         if missing:
             raise ValueError(
                 f"The state dict's parameter groups lack {', '.join(missing)}; expected the state dict of a mechanized "
                 f"{self._base.__name__}. To go on from a plain one, load it into a plain {self._base.__name__}, give "
                 "that to Updater, and start tuning anew."
             )
-        mechanic = {key.removeprefix("mechanic_"): value for key, value in saved.items()}
         if mechanic["kind"] != self._base.__name__:
             raise ValueError(
                 f"The state dict is of a mechanized {mechanic['kind']}; expected that of a mechanized "

@@ -139,7 +139,7 @@ class Updater:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a `step` would need of the `mechanic.step()` before it is not in a copy.
-        return {**self.__dict__, "_parameter_count": -1, "_begin": None} if self._pending else self.__dict__
+        return {**self.__dict__, "_parameter_count": -1, "_begin": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -320,7 +320,7 @@ class Updater:
             self._tell(self.displacement.keep_changes(parameters, self._scale))
             one_pass = self._plan_one_pass() if closure is None else None
             on_device = self._base_can_skip(one_pass is not None)
-            if self.nonfinite == "skip" and not on_device and not bool(self._finite):
+            if not on_device and not bool(self._finite):  # with "raise", a GradScaler alone has found it so
                 return self._skip()
             restart = self._finite & self._restart if on_device and self._restart is not False else self._restart
             before = self.displacement.backup() if one_pass is None else None
@@ -464,16 +464,11 @@ class Updater:
         self._check_open()
         if self.displacement.slots:
             return
-        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        gradients = [parameter.grad for parameter in parameters]
-        try:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            with self._rates_times(0), _held_step_hooks(self.base_optimizer):
-                self.base_optimizer.step()
-        finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+        parameters = [x for x in self._parameters() if x.requires_grad or x.grad is not None]  # who would take part
+        with self._gradients_aside(), self._rates_times(0), _held_step_hooks(self.base_optimizer):
+            for x in parameters:
+                x.grad = torch.zeros_like(x)
+            self.base_optimizer.step()
         self.displacement.refresh(self._parameters(), self._scale)
         self.displacement.newcomers.clear()
         self.displacement.joined = False
@@ -737,7 +732,7 @@ class Updater:
 
     @contextmanager
     def _found_inf(self, on_device: bool) -> Iterator[None]:
-        if not on_device or self.nonfinite == "raise":
+        if not on_device:
             yield
             return
         optimizer: Any = self.base_optimizer
@@ -868,8 +863,6 @@ def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:
 class _Guard:
     """A hook of the base optimizer that refuses steps which its `Updater` does not take."""
 
-    is_guard = True
-
     def __init__(self, updater: Updater) -> None:
         self._updater = weakref.ref(updater)
 
@@ -895,10 +888,8 @@ class _Guard:
             del hooks[key]
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        updater = self._updater()
-        if updater is None:
-            return
-        if any(float(group["lr"]) for group in optimizer.param_groups):  # else torch has it set up its state
+        # Where all rates are 0 torch has it set up its state.
+        if self._updater() is not None and any(float(group["lr"]) for group in optimizer.param_groups):
             raise RuntimeError(
                 "optimizer.step() was called, but this optimizer's steps are taken by updater.step(): leave it out. "
                 "To go on without manic, call mechanic.hand_off() first. Nothing was changed."

@@ -40,9 +40,7 @@ def in_tables(x: torch.Tensor) -> bool:
     """
     forced = _forced()
     interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and forced is not None
-    if forced in ("plain", "compiled") or not (x.is_cuda or interpreted):
-        return False
-    if not _has_triton():
+    if forced in ("plain", "compiled") or not (x.is_cuda or interpreted) or not _has_triton():
         return False
     from manic.kernels import triton
 

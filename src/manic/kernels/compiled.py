@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from torch._compile import _disable_dynamo
 
 from manic.kernels import plain
 
-F = TypeVar("F", bound=Callable[..., Any])
 logger: logging.Logger = logging.getLogger("manic")
 FEW = 8  # parts that are moved in one call
 LEAST = 2  # elements of a part that a compiled loop takes; 0 and 1 would be compiled in
-_works = True
+_failed: set[Callable[..., Any]] = set()  # functions that the compiler cannot compile
 # Keeps a method out of graphs that torch.compile makes of its callers, as torch does its optimizers' methods: it works
 # on addresses and version counters, which a graph cannot hold, and kernels of its own do the work.
 outside_graphs = _disable_dynamo
@@ -31,7 +30,8 @@ outside_graphs = _disable_dynamo
 
 def can_take(x: Tensor) -> bool:
     """Whether ``x`` is on the CPU, not of half precision, and there is a compiler."""
-    return _works and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_compiler()
+    works = _failed.isdisjoint((_sums, _move)) and _has_compiler()
+    return works and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def sums(
@@ -69,6 +69,11 @@ def move(
     if large:
         spare = _spare(xs[0].dtype, deltas is not None)
         _run(_move, _plain_move, [*large, *spare[len(large) :]], weights, restart)
+
+
+def one_launch(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A pure function compiled, for accelerators, where each of many small operations would be a launch."""
+    return _run(function, function, *arguments, dynamic=False)
 
 
 def alias(x: Tensor) -> Tensor:
@@ -139,37 +144,17 @@ def _spare(dtype: torch.dtype, stored: bool) -> list[Any]:
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def _compile(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
 
-@functools.cache
-def one_launch(function: F) -> F:
-    """A pure function compiled, for accelerators, where each of many small operations would be a launch."""
-    compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, fullgraph=True)
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        nonlocal compiled
-        if compiled is not None:
-            try:
-                return compiled(*arguments)
-            except Exception as error:
-                compiled = None
-                logger.info("torch.compile does not work here (%s); going on without it.", error)
-        return function(*arguments)
-
-    return cast(F, run)
-
-
-def _run(function: Callable[..., Any], otherwise: Callable[..., Any], *arguments: Any) -> Any:
-    global _works  # noqa: PLW0603
-    if _works:
+def _run(function: Callable[..., Any], otherwise: Callable[..., Any], *arguments: Any, dynamic: bool = True) -> Any:
+    if function not in _failed:
         try:
-            return _compile(function)(*arguments)
+            return _compile(function, dynamic)(*arguments)
         except _NotCompiledError:
             pass  # torch.compile is switched off, or somebody watches operations, as a FlopCounterMode does
         except Exception as error:  # compilers fail in many ways, all of them before the first element is touched
-            _works = False
+            _failed.add(function)
             logger.info("torch.compile does not work here (%s); going on without it.", error)
     return otherwise(*arguments)

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from manic.distributed import local
 from manic.kernels.triton import (
@@ -62,7 +61,7 @@ class Rule(NamedTuple):
 def rule_of(optimizer: Any) -> Rule | None:
     """The rule of an optimizer whose step is covered here; ``None`` if it, or one of its options, is not."""
     kind = getattr(optimizer, "covered_class", type(optimizer))
-    if kind not in (Adam, AdamW, SGD) or _is_hooked(optimizer):
+    if kind not in (Adam, AdamW, SGD) or _is_replaced(optimizer):
         return None
     rules = set()
     for group in optimizer.param_groups:
@@ -81,16 +80,10 @@ def rule_of(optimizer: Any) -> Rule | None:
     return rules.pop() if len(rules) == 1 else None
 
 
-def _is_hooked(optimizer: Any) -> bool:
+def _is_replaced(optimizer: Any) -> bool:
     """Whether somebody relies on ``optimizer.step`` being called; schedulers only want to know that it was."""
     step = vars(optimizer).get("step")
-    return bool(
-        (step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step)
-        or any(not hasattr(hook, "is_guard") for hook in getattr(optimizer, "_optimizer_step_pre_hooks", {}).values())
-        or getattr(optimizer, "_optimizer_step_post_hooks", None)
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
+    return step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
 
 
 class OnePass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from manic import Mechanic, Updater
 
 
 class Lion(torch.optim.Optimizer):
@@ -157,3 +160,34 @@ def assert_same_bits(a: Any, b: Any) -> None:
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+
+
+def pair(model: nn.Module, lr: float = 1.0, scheduler: str = "none", **options: Any) -> tuple[Updater, Mechanic]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    s_init = options.pop("s_init", 1e-3)
+    updater = Updater(optimizer, SCHEDULERS[scheduler](optimizer), **options)
+    return updater, Mechanic(updater, s_init=s_init)
+
+
+def train(model: nn.Module, updater: Updater, mechanic: Mechanic, steps: range, **kwargs: Any) -> float:
+    loss = math.nan
+    for step in steps:
+        loss = float(backward(model, step, **kwargs))
+        mechanic.step()
+        updater.step()
+    return loss
+
+
+def pending(**options: Any) -> tuple[Net, Updater, Mechanic, torch.Tensor]:
+    """A run of which only ``updater.step()`` of step 31 is missing, and its parameters."""
+    model = make_net()
+    updater, mechanic = pair(model, **options)
+    train(model, updater, mechanic, range(30))
+    backward(model, 30)
+    mechanic.step()
+    return model, updater, mechanic, flat(model)
+
+
+def evaluate(model: nn.Module, dtype: torch.dtype = torch.float64) -> float:
+    with torch.no_grad():
+        return sum(float(loss_of(model, step, dtype)) for step in range(500, 520)) / 20

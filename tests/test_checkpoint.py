@@ -97,6 +97,21 @@ def test_state_dicts_own_their_tensors(case: tuple[Any, ...]) -> None:
     assert_same_bits(states, kept)
 
 
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
+def test_a_state_that_was_loaded_stays_as_it_is(case: tuple[Any, ...]) -> None:
+    """So that a run may go back to it again and again."""
+    run = Run(*case)
+    run.train(0, N)
+    states = copy.deepcopy(run.state_dict())
+    kept, ends = copy.deepcopy(states), []
+    for _ in range(2):
+        run.load_state_dict(states)
+        run.train(N, N + 5)
+        assert_same_bits(states, kept)
+        ends.append(flat(run.model))
+    assert torch.equal(*ends)
+
+
 def test_a_save_between_the_two_steps_is_the_state_before_both() -> None:
     run = Run("two objects", "adamw", "cosine_warmup", True)
     run.train(0, 10)

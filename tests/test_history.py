@@ -93,6 +93,23 @@ def test_a_step_that_is_done_again_has_one_row() -> None:
     assert history["step"] == [1, 2, 3]
 
 
+def test_nor_has_one_that_was_refused_in_between_two() -> None:
+    history, model = History(), make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater, log_func=history)
+    for step in range(3):
+        backward(model, step)
+        mechanic.step()
+        assert model.gain.grad is not None
+        kept, model.gain.grad = model.gain.grad, model.gain.grad.to_sparse()
+        with pytest.raises(ValueError, match="expected a dense one"):
+            mechanic.step()
+        model.gain.grad = kept
+        mechanic.step()
+        updater.step()
+    assert history["step"] == [1, 2, 3]
+
+
 def test_two_tuners_may_share_one() -> None:
     history = History()
     nets = [make_net(), make_net()]

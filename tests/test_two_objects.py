@@ -246,6 +246,33 @@ def test_hooks_after_the_base_step_see_where_the_step_leads(store_delta: bool, o
     assert len(seen) == 9
 
 
+def test_hooks_are_called_in_the_order_of_torch() -> None:
+    calls: dict[bool, list[str]] = {False: [], True: []}
+    for tuned, called in calls.items():
+        model = make_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handles = [
+            register(lambda *_, name=name, called=called: called.append(name))
+            for name, register in {
+                "own before": optimizer.register_step_pre_hook,
+                "all before": register_optimizer_step_pre_hook,
+                "own after": optimizer.register_step_post_hook,
+                "all after": register_optimizer_step_post_hook,
+            }.items()
+        ]
+        backward(model, 0)
+        if tuned:
+            updater = Updater(optimizer)
+            Mechanic(updater).step()
+            updater.step()
+        else:
+            optimizer.step()
+        for handle in handles:
+            handle.remove()
+    assert calls[True] == calls[False]
+    assert len(calls[True]) == 4
+
+
 @pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("how", ["gradient", "weight", "rate"])
 def test_what_hooks_before_the_base_step_do_counts(how: str, of_all: bool) -> None:

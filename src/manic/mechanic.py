@@ -121,6 +121,7 @@ class Mechanic:
         self._repeats = 0  # calls of `step` before this one for the same step
         self._since = 0  # steps taken before (14)
         self._asks = False  # while held_out is called
+        self._logged = 0  # the last step that was logged
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
         self._skipped_before = self._skipped.clone()  # before the step that is pending
@@ -205,8 +206,7 @@ class Mechanic:
         Warns:
             ScaleWarning: once for each of these.
         """
-        again = self.updater._pending
-        self._repeats = self._repeats + 1 if again else 0
+        self._repeats = self._repeats + 1 if self.updater._pending else 0
         if self._repeats == REPEATS:
             self.updater._once.warn(
                 "repeats",
@@ -223,7 +223,7 @@ class Mechanic:
             self._take_back()
             raise
         if tune:
-            self._log(h if asked is None else asked, again)
+            self._log(h if asked is None else asked)
 
     def _ask(self, held_out: Callable[[], object]) -> Tensor:
         """Learn the scale from the gradients of held-out rows, and leave those there are as they are; h."""
@@ -272,13 +272,14 @@ class Mechanic:
         config = _in_unit(self._learning, self.updater._nominal.unit)
 
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
-        told = self._told()
-        since = self.updater._taken + (1 - self._since) if _counts(scale) else told
-        tuned, count = partial(one_launch, _tune) if scale.is_cuda else _tune, None
+        taken = self.updater._taken if _counts(scale) else self.updater._steps
+        number = taken + (1 - self._since)  # of this step since (14)
         known = self._learning if self._is_learning() else self._config
+        count = None
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
-            count = torch.zeros_like(scale).add_(since + self._since)
-        h, finite, after, total, restart = tuned(sums, scale, before, self._betas, config, since, factor, known, count)
+            count = torch.zeros_like(scale).add_(taken + 1)
+        tuned = partial(one_launch, _tune) if scale.is_cuda else _tune
+        h, finite, after, total, restart = tuned(sums, scale, before, self._betas, config, number, factor, known, count)
         if not tune:  # a bet on other gradients is off if the step is skipped
             after = _where(finite, self._state, before)
             total = after.scales.sum()
@@ -296,7 +297,8 @@ class Mechanic:
         torch._foreach_copy_(list(self._state), list(after))  # type: ignore
         torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
-        self.updater._propose(total, finite, begin, restart, not self._captured and tuner.restarts(told, config))
+        restart_away = not self._captured and tuner.restarts(self._told(), config)
+        self.updater._propose(total, finite, begin, restart, restart_away)
         if judged:
             bets, packings = self._is_learning(), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
@@ -403,7 +405,7 @@ class Mechanic:
         self._configure(config)
         self.updater._note_load("Mechanic", state_dict["steps"] != self._steps - self.updater._pending)
         self._steps, self._since = state_dict["steps"], state_dict["since"]
-        self._diagnosis = Diagnosis()
+        self._diagnosis, self._logged = Diagnosis(), 0
         for skipped in (self._skipped, self._skipped_before):
             skipped.copy_(state_dict["skipped"])
         self._state = state
@@ -445,7 +447,7 @@ class Mechanic:
             self._skipped = self._skipped.to(like.device)
             self._skipped_before = self._skipped_before.to(like.device)
 
-    def _log(self, h: Tensor, again: bool) -> None:
+    def _log(self, h: Tensor) -> None:
         every = self.log_every or (1 if self.log_func is not None else 0)
         if not every or self._steps % every:
             return
@@ -454,7 +456,8 @@ class Mechanic:
                 rates = self.updater.get_last_lr()
                 logger.info("step %d: scale %.6g, learning rates %s", self._steps, self.scale, rates)
             return
-        scale = self.scale
+        scale, again = self.scale, self._logged == self._steps
+        self._logged = self._steps
         self.log_func(
             {
                 "iter_count": self._steps,
@@ -504,18 +507,18 @@ def _tune(
     state: TunerState,
     betas: Tensor,
     config: TunerConfig,
-    since: int | Tensor,
+    number: int | Tensor,
     factor: Tensor,
     known: TunerConfig,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, TunerState, Tensor, bool | Tensor]:
     """h, whether it and the gradient are finite, the next state (the present one if not), its scale, if Δ restarts."""
-    learning = tuner.is_learning(since, config)
+    learning = tuner.is_learning(number, config)
     h = tuner.inner_product(sums, scale, config)
     finite = torch.isfinite(h + sums.grad_square)
     after = tuner.update(state, h, betas, config, learning, factor, tuner.seen(count, known.steps_per_epoch))
     after = _where(finite, after, state)
-    return h, finite, after, after.scales.sum(), tuner.restarts(since, config)
+    return h, finite, after, after.scales.sum(), tuner.restarts(number, config)
 
 
 def _where(finite: Tensor, after: TunerState, before: TunerState) -> TunerState:

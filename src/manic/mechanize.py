@@ -218,7 +218,7 @@ class _Mechanized(Optimizer):
         displacement = {places[key]: tensors for key, tensors in ours.items()}
         self.updater._check_displacement(displacement)
 
-        base = {**state_dict, "state": base_state}
+        base = {**state_dict, "state": copied(base_state)}  # torch steps with the tensors that it is given
         with undone_on_error(self), held_hooks(self, "_optimizer_load_state_dict_pre_hooks"):
             super().load_state_dict(base)
             keep_dtypes(self, base, mechanic["dtypes"])

@@ -360,8 +360,11 @@ class Updater:
     def _call_hooks(self, when: str, *args: Any) -> None:
         """Call the hooks before or after a step, of the base optimizer and of all; a drop-in calls its own."""
         own = getattr(self.base_optimizer, f"_optimizer_step_{when}_hooks", None)
+        if own is None:
+            return
         everyones = getattr(every_optimizer, f"_global_optimizer_{when}_hooks")
-        for hook in [] if own is None else [*own.values(), *everyones.values()]:
+        first, then = (everyones, own) if when == "pre" else (own, everyones)  # torch's order
+        for hook in [*first.values(), *then.values()]:
             if not isinstance(hook, _Guard):
                 hook(self.base_optimizer, args, {})
 
@@ -589,8 +592,9 @@ class Updater:
         base_optimizer = state_dict["base_optimizer"]
         check_rates(state_dict["nominal_rates"], groups, "Updater")
         with undone_on_error(self.base_optimizer):
-            # ZeroRedundancyOptimizer takes out of what it is given the state of other ranks.
-            self.base_optimizer.load_state_dict({**base_optimizer, "state": {**base_optimizer["state"]}})
+            # Copies: torch steps with the tensors that it is given, and ZeroRedundancyOptimizer takes out the state of
+            # other ranks.
+            self.base_optimizer.load_state_dict({**base_optimizer, "state": copied(base_optimizer["state"])})
             keep_dtypes(self.base_optimizer, base_optimizer, state_dict["dtypes"])
             if self.lr_scheduler is not None:
                 load_schedule(self.lr_scheduler, state_dict["lr_scheduler"])

@@ -511,8 +511,8 @@ def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta
     assert updater.step(closure) is None
     assert torch.equal(flat(model), before)
     assert_same_bits(updater.base_optimizer.state_dict(), state)
-    assert_same_bits(mechanic.state_dict(), tuner)
-    with pytest.raises(RuntimeError, match=r"Call mechanic.step\(\) again"):
+    assert_same_bits(mechanic.state_dict(), {**tuner, "steps": 31, "skipped": torch.tensor(1)})
+    with pytest.raises(RuntimeError, match=r"without a mechanic\.step\(\)"):
         updater.step()
     train(model, updater, mechanic, range(30, 40))
     assert 0 < relative_difference(flat(model), before) < 1
@@ -524,6 +524,36 @@ def test_a_gradient_of_the_closure_that_is_not_finite_skips_the_step(store_delta
     with pytest.raises(FloatingPointError, match="after the closure"):
         updater.step(closure)
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("who", ["closure", "scaler"])
+def test_steps_that_only_the_updater_knows_to_be_bad_are_told_to_the_mechanic(who: str) -> None:
+    """They count as skipped, nothing is learned for them, and nobody is told that updater.step() was left out."""
+    model, logged = make_net(), []
+    updater, mechanic = pair(model)
+    mechanic.log_func = logged.append
+    train(model, updater, mechanic, range(10))
+    before, tuner = flat(model), mechanic.state_dict()["tuner"]
+
+    def closure() -> torch.Tensor:
+        loss = backward(model, 10)
+        assert model.gain.grad is not None
+        model.gain.grad.fill_(math.nan)
+        return loss
+
+    for _ in range(12):
+        backward(model, 10)
+        mechanic.step()
+        if who == "closure":
+            assert updater.step(closure) is None
+        else:
+            updater.found_inf = torch.ones(())  # type: ignore
+            assert updater.step() is None
+            del updater.found_inf  # type: ignore
+        assert_same_bits(mechanic.state_dict()["tuner"], tuner)
+    assert torch.equal(flat(model), before)
+    train(model, updater, mechanic, range(11, 12))
+    assert [(row["iter_count"], int(row["skipped"])) for row in logged[10:]] == [(11 + i, i) for i in range(13)]
 
 
 def test_steps_that_are_skipped_in_a_row_are_told_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:

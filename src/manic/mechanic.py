@@ -278,8 +278,9 @@ class Mechanic:
         count = None
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
             count = torch.zeros_like(scale).add_(taken + 1)
-        tuned = partial(one_launch, _tune) if scale.is_cuda else _tune
-        h, finite, after, total, restart = tuned(sums, scale, before, self._betas, config, number, factor, known, count)
+        h, finite, after, total, restart = _launched(_tune, scale)(
+            sums, scale, before, self._betas, config, number, factor, known, count
+        )
         if not tune:  # a bet on other gradients is off if the step is skipped
             after = _where(finite, self._state, before)
             total = after.scales.sum()
@@ -292,24 +293,29 @@ class Mechanic:
             )
         if not again:
             self._steps = step
-            torch._foreach_copy_(list(self._previous), list(self._state))  # type: ignore
+            _write(self._previous, self._state)
             self._skipped_before.copy_(self._skipped)
-        torch._foreach_copy_(list(self._state), list(after))  # type: ignore
+        _write(self._state, after)
         torch.add(self._skipped_before, ~finite, out=self._skipped)
         begin = partial(self._begin, config, sums.grad_square) if seeks else None
-        restart_away = not self._captured and tuner.restarts(self._told(), config)
-        self.updater._propose(total, finite, begin, restart, restart_away)
+        away = not self._captured and tuner.restarts(self._told(), config)
+        self.updater._propose(total, finite, begin, self._judge, restart, away)
         if judged:
             bets, packings = self._is_learning(), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
         return h
+
+    def _judge(self, finite: Tensor) -> None:
+        """Take the bet back, and count the step as skipped, unless it is finite; `Updater.step` calls this."""
+        _write(self._state, _launched(_where, finite)(finite, self._state, self._previous))
+        torch.add(self._skipped_before, ~finite, out=self._skipped)
 
     def _take_back(self) -> None:
         """Forget the scale that waits for `Updater.step`, if one does, and what was learned for it."""
         if self.updater._pending:
             self._steps -= 1
             self.updater._take_back()
-            torch._foreach_copy_(list(self._state), list(self._previous))  # type: ignore
+            _write(self._state, self._previous)
             self._skipped.copy_(self._skipped_before)
 
     def _told(self) -> int:
@@ -329,7 +335,7 @@ class Mechanic:
             return sums
         states = (self._state, self._previous) if updater._pending else (self._state,)
         for state in states:
-            torch._foreach_copy_(list(state), list(tuner.widen(state, ratio, factor)))  # type: ignore
+            _write(state, tuner.widen(state, ratio, factor))
         self._since = updater._count()
         updater.displacement.restart()
         updater._scale.copy_(states[-1].scales.sum())
@@ -501,6 +507,11 @@ def _counts(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def _launched(function: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    """A pure function of tensors that are where one is; on an accelerator it takes one launch."""
+    return partial(one_launch, function) if like.is_cuda else function
+
+
 def _tune(
     sums: Sums,
     scale: Tensor,
@@ -525,3 +536,8 @@ def _where(finite: Tensor, after: TunerState, before: TunerState) -> TunerState:
     """The next state, or the one before where the step is skipped."""
     both = zip(after, before, strict=True)
     return TunerState(*(old if new is old else torch.where(finite, new, old) for new, old in both))
+
+
+def _write(state: TunerState, values: TunerState) -> None:
+    """Set a state, where it is in memory."""
+    torch._foreach_copy_(list(state), list(values))  # type: ignore

@@ -118,6 +118,7 @@ class Updater:
         self._claimed = False  # by a Mechanic
         self._pending = False  # a scale was proposed and waits for `step`, beside:
         self._begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._judge: Callable[[Tensor], None] | None = None
         self._restart: bool | Tensor = False
         self._restart_away = False
         self._gradient: tuple[int, int] | None = None  # the first one's identity and version
@@ -139,7 +140,7 @@ class Updater:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a `step` would need of the `mechanic.step()` before it is not in a copy.
-        return {**self.__dict__, "_parameter_count": -1, "_begin": None}
+        return {**self.__dict__, "_parameter_count": -1, "_begin": None, "_judge": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -253,6 +254,7 @@ class Updater:
         scale: Tensor,
         finite: Tensor,
         begin: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        judge: Callable[[Tensor], None],
         restart: bool | Tensor,
         restart_away: bool,
     ) -> None:
@@ -262,12 +264,13 @@ class Updater:
             scale: Σ_i s_{t+1,i}, 0-d, in the tuner's units.
             finite: whether the gradient and h were finite, 0-d bool; if not, `step` changes nothing.
             begin: if given, gives that scale instead, from ‖x‖, ‖u/f‖ and the number of elements; see `tuner.begin`.
+            judge: called with ``finite`` if `step` finds that it is not: the closure, or a ``GradScaler``, says so.
             restart: have Δ start again from 0 after the coming step; a 0-d bool may say so on the device.
             restart_away: that of the parameters that do not take part, as far as the host knows.
         """
         torch.where(finite, scale, self._scale, out=self._next_scale)
         self._finite.copy_(finite)
-        self._begin, self._restart, self._restart_away = begin, restart, restart_away
+        self._begin, self._judge, self._restart, self._restart_away = begin, judge, restart, restart_away
         self._pending = True
 
     def _start(self, scale: Tensor) -> None:
@@ -347,11 +350,10 @@ class Updater:
             with torch.no_grad():
                 self.displacement.restore(before, self._scale)
             if isinstance(error, _NotFiniteError):
-                self._skip()
-                self._pending, self._parameter_count = True, -1  # so that mechanic.step() takes its bet back
-                return None
+                self._refuse(torch.zeros_like(self._finite))
+                return self._skip()
             raise
-        self._pending, self._begin, self._skipped = False, None, 0
+        self._pending, self._begin, self._judge, self._skipped = False, None, None, 0
         self._call_hooks("post", self.base_optimizer, *([] if closure is None else [closure]))
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
@@ -395,8 +397,14 @@ class Updater:
                 "scaler.unscale_(optimizer), before mechanic.step(). Nothing was changed."
             )
         if "found_inf" in told:
-            self._finite.logical_and_(told["found_inf"].to(self._finite.device) == 0)
-            torch.where(self._finite, self._next_scale, self._scale, out=self._next_scale)  # the device may skip it
+            self._refuse(told["found_inf"].to(self._finite.device) == 0)
+
+    def _refuse(self, finite: Tensor) -> None:
+        """Note that a step is not finite after all, if it is not; the device may know it only."""
+        self._finite.logical_and_(finite)
+        torch.where(self._finite, self._next_scale, self._scale, out=self._next_scale)
+        if self._judge is not None:
+            self._judge(self._finite)
 
     def _move(self, before: Any, finite: Tensor | None, restart: bool | Tensor) -> None:
         """Scale what the base step did."""
@@ -407,7 +415,7 @@ class Updater:
 
     def _take_back(self) -> None:
         """Forget the scale that was proposed."""
-        self._pending, self._begin = False, None
+        self._pending, self._begin, self._judge = False, None, None
         self._next_scale.copy_(self._scale)
 
     def _skip(self) -> None:
@@ -521,7 +529,7 @@ class Updater:
             )
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self._take_back()
-        self.displacement = Displacement(store_delta=self.displacement.store_delta)
+        self.displacement = Displacement(store_delta=self.displacement.store_delta, offload=self.displacement.offload)
         _Guard.leave(self.base_optimizer)
         self._handed_off = True
         return self.base_optimizer, self.lr_scheduler

@@ -220,6 +220,21 @@ def test_its_memory_is_free_as_soon_as_it_is_dropped(copied: bool) -> None:
         gc.enable()
 
 
+def test_its_updater_is_a_part_of_it() -> None:
+    model = make_net()
+    optimizer = make(model)
+    train(model, optimizer, range(3))
+    backward(model, 3)
+    optimizer.updater.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for call in (optimizer.updater.state_dict, partial(optimizer.updater.load_state_dict, {})):
+        with pytest.raises(TypeError, match="Save and load the state dict of the optimizer itself"):
+            call()
+    mechanic = copy.deepcopy(optimizer.mechanic)
+    with pytest.raises(RuntimeError, match="that this updater is a part of is gone"):
+        mechanic.step()
+
+
 def test_a_subclass_stays_itself() -> None:
     twin = copy.deepcopy(Tuned([torch.ones(2, requires_grad=True)], lr=1.0))
     assert type(twin) is Tuned

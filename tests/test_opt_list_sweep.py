@@ -57,6 +57,20 @@ def first_breaks(idx):
     return 1.0
 
 
+class OddError(Exception):
+    """Pickles, but cannot be made again from its message."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} in {where}")
+
+
+def first_breaks_oddly(idx):
+    if idx == 0:
+        raise OddError("a hole", "the data")
+    time.sleep(1.0)
+    return 1.0
+
+
 def outcomes(result):
     return [(trial.idx, trial.status, trial.losses) for trial in result.trials]
 
@@ -225,10 +239,14 @@ def test_an_error_in_a_worker_comes_through():
         sweep(broken, 1, workers=1, progress=False)
 
 
-def test_trials_beside_one_that_fails_are_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [(first_breaks, "no more memory"), (first_breaks_oddly, r"train\(0\) raised OddError: a hole in the data")],
+)
+def test_trials_beside_one_that_fails_are_kept(train, message, tmp_path):
     path = tmp_path / "trials.jsonl"
-    with pytest.raises(RuntimeError, match="no more memory"):
-        sweep(first_breaks, 4, workers=2, path=path, progress=False)
+    with pytest.raises(RuntimeError, match=message):
+        sweep(train, 4, workers=2, path=path, progress=False)
     assert [json.loads(line)["idx"] for line in path.read_text().splitlines()] == [1]
 
 

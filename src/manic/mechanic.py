@@ -51,7 +51,8 @@ class Mechanic:
             ``backward()``. The scale is then learned from these gradients: `step` calls it in each of the first 100
             steps, and in every fourth after them up to `learning_steps`, and puts the other gradients back after it.
             As such rows were not seen before, ``steps_per_epoch`` counts only after that. Also an attribute, to be set
-            later; for a mechanized optimizer, that of its ``mechanic``.
+            before the scale is learned: bets that have ended before step 243 would begin again where they ended. For a
+            mechanized optimizer, that of its ``mechanic``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group); ``again`` (bool) if it was called for this step before.

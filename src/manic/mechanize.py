@@ -312,7 +312,13 @@ class _Base:
 
     @property
     def _outer(self) -> Any:
-        return self._weak()
+        outer = self._weak()
+        if outer is None:
+            raise RuntimeError(
+                f"The mechanized {self.kind} that this updater is a part of is gone. Keep it, and not only its "
+                "updater or mechanic; to copy or pickle it, take all of it."
+            )
+        return outer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -326,6 +332,9 @@ class _Base:
     def covered_class(self) -> type | None:
         """The class whose step may be taken without calling it: not while x_ref and Δ wait for being mirrored."""
         return self._outer._base if self._outer._is_mirrored() else None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._outer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         outer = self._outer

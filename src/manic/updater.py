@@ -491,7 +491,8 @@ class Updater:
         A change that takes back a part of Δ, as clipping weights does, is taken out of Δ; x_ref shifts by the rest.
         Changes that move a tensor's version counter (all in-place operations on the parameter) are noticed without
         this. Call it after those that do not, such as writes through ``parameter.data``. With ``store_delta=False`` Δ
-        cannot be told from the change, and starts again from zero.
+        cannot be told from the change, and starts again from zero; as the parameters may be loaded after the state, a
+        change between a load and the next step is then not noticed either.
         """
         self._check_open()
         self.displacement.refresh(self._parameters(), self._scale, changed=True)
@@ -541,8 +542,10 @@ class Updater:
 
         Raises:
             RuntimeError: the base is a ``ZeroRedundancyOptimizer`` whose state is still spread over the ranks.
+            TypeError: this is the ``updater`` of a mechanized optimizer, which saves and loads all.
         """
         self._check_open()
+        self._check_separate()
         try:
             base_optimizer = copied(self.base_optimizer.state_dict())
         except RuntimeError as error:
@@ -571,8 +574,10 @@ class Updater:
 
         Raises:
             ValueError: the state is of another kind, model or schedule.
+            TypeError: this is the ``updater`` of a mechanized optimizer, which saves and loads all.
         """
         self._check_open()
+        self._check_separate()
         tuning: dict[str, Any] = {
             "scale": Tensor,
             "unit": numbers.Real,
@@ -652,6 +657,13 @@ class Updater:
             raise RuntimeError(
                 "hand_off() gave the optimizer and its schedule back; carry on with optimizer.step(), "
                 "or build a new Updater and Mechanic."
+            )
+
+    def _check_separate(self) -> None:
+        if hasattr(self.base_optimizer, "covered_class"):
+            raise TypeError(
+                "This is the updater of a mechanized optimizer; expected one of Updater(optimizer). Save and load the "
+                "state dict of the optimizer itself: the tuner's is in it."
             )
 
     def _check_groups(self) -> None:

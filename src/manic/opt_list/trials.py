@@ -7,6 +7,7 @@ import math
 import numbers
 import operator
 import os
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -231,7 +232,7 @@ def _run(train: Train, idxs: list[int], finished: list[Trial], workers: int, ear
         failure: BaseException | None = None  # of the first that failed; the others that are running still count
         while running or (waiting and failure is None):
             while waiting and failure is None and len(running) < workers:
-                running.add(pool.submit(_try, train, waiting.pop(0), curves()))
+                running.add(pool.submit(_try_in_worker, train, waiting.pop(0), curves()))
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 if future.exception() is not None:
@@ -264,6 +265,18 @@ def _try(train: Train, idx: int, curves: list[list[float]]) -> Trial:
     if not losses:
         raise ValueError(f"train({idx}) yielded no loss; expected at least one, the last being the one that counts.")
     return Trial(idx, status, losses, time.perf_counter() - start)
+
+
+def _try_in_worker(train: Train, idx: int, curves: list[list[float]]) -> Trial:
+    """`_try`, with an error that can be sent: one that cannot breaks the pool, and with it the other trials."""
+    try:
+        return _try(train, idx, curves)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"train({idx}) raised {type(error).__name__}: {error}") from error
+        raise
 
 
 def _is_hopeless(losses: list[float], curves: list[list[float]]) -> bool:

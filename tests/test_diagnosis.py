@@ -84,6 +84,20 @@ def test_only_steps_that_bet_say_whether_the_scale_is_at_its_start(bets: int, to
     assert len(caught) == told
 
 
+@pytest.mark.parametrize("tune", [True, False])
+def test_a_scale_that_is_held_is_not_told_to_be_at_its_start(tune: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(20))
+    updater = Updater(Ascent([weight], lr=1.0))
+    mechanic = Mechanic(updater, s_init=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(FIRST):
+            weight.grad = weight.detach() + noise(step)
+            mechanic.step(tune=tune)
+            updater.step()
+    assert len(caught) == tune
+
+
 def test_no_gradient() -> None:
     (message,) = messages(lambda x, step: 0 * x)
     assert "The norm of the gradient was 0 to 0. " in message

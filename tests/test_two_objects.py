@@ -168,12 +168,16 @@ def test_a_plateau_schedule_is_stepped_by_its_user() -> None:
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
-def test_a_copy_notices_changes_before_its_first_step(copy_of: Any) -> None:
+@pytest.mark.parametrize("before_too", [False, True])
+def test_a_copy_notices_changes_before_its_first_step(copy_of: Any, before_too: bool) -> None:
     runs = []
     for copied in (False, True):
         model = make_net()
         parts = model, *pair(model, store_delta=False)
         train(*parts, range(60))
+        if before_too:
+            with torch.no_grad():
+                model.out.weight.add_(0.25)
         model, updater, mechanic = copy_of(parts) if copied else parts
         with torch.no_grad():
             model.out.weight.clamp_(-0.01, 0.01)

@@ -63,9 +63,9 @@ class Slot:
     def __getstate__(self) -> dict[str, Any]:
         # Views of a bucket's tensor would each be saved with all of it.
         self.settle()
-        self.give_up()
+        known = self.give_up() or not self.is_changed()
         kept = {"reference": self.reference.clone(), "delta": None if self.delta is None else self.delta.clone()}
-        return {**self.__dict__, **kept, "_version": None if self.is_changed() else self._version}
+        return {**self.__dict__, **kept, "_version": self._version if known else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

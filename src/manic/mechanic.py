@@ -122,6 +122,7 @@ class Mechanic:
         self._repeats = 0  # calls of `step` before this one for the same step
         self._since = 0  # steps taken before (14)
         self._asks = False  # while held_out is called
+        self._tunes = True  # whether a call of `step` for the present step tunes
         self._logged = 0  # the last step that was logged
         self._diagnosis = Diagnosis()
         self._skipped = torch.zeros_like(updater.scale, dtype=torch.int64)
@@ -207,7 +208,9 @@ class Mechanic:
         Warns:
             ScaleWarning: once for each of these.
         """
-        self._repeats = self._repeats + 1 if self.updater._pending else 0
+        again = self.updater._pending
+        self._repeats = self._repeats + 1 if again else 0
+        self._tunes = tune or (again and self._tunes)
         if self._repeats == REPEATS:
             self.updater._once.warn(
                 "repeats",
@@ -302,7 +305,7 @@ class Mechanic:
         away = not self._captured and tuner.restarts(self._told(), config)
         self.updater._propose(total, finite, begin, self._judge, restart, away)
         if judged:
-            bets, packings = self._is_learning(), self.updater.displacement.packings
+            bets, packings = self._tunes and self._is_learning(), self.updater.displacement.packings
             self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
         return h
 

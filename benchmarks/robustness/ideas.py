@@ -71,6 +71,7 @@ class Idea:
         recentre: when x_ref moves: until T after the steps of `turns` (``"listed"``), ``"never"``, ``"growing"`` from
             step `first` on, or ``"every"`` `first` steps.
         turns: the steps that are listed.
+        lasting: but for the last of them, if an epoch takes more than T steps.
         growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
@@ -148,6 +149,7 @@ class Idea:
     by_factor: bool = True
     recentre: str = "listed"
     turns: tuple[int, ...] = EARLY
+    lasting: bool = False
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -237,7 +239,7 @@ TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
 TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
 TOLD_EVEN = Idea(seen="before", uphill=tuner.UPHILL, learns_passes=float(tuner.EPOCHS))
-TOLD_NOW = replace(TOLD_EVEN, lost="half at first")
+TOLD_NOW = replace(TOLD_EVEN, lost="half at first", lasting=True)
 
 
 def at(*steps: int) -> Idea:
@@ -732,8 +734,10 @@ class Tuner:
         passes = [s / self.steps_per_epoch // self.idea.anew for s in (step - 1, step)]
         if step < min(self.turn, self.idea.learns) and passes[0] != passes[1]:
             return True
-        listed = self.idea.recentre == "listed"
-        if listed and step < self.idea.learns and step not in self.idea.turns:
+        listed, turns = self.idea.recentre == "listed", self.idea.turns
+        if self.idea.lasting and self.steps_per_epoch > self.idea.learns:
+            turns = turns[:-1]
+        if listed and step < self.idea.learns and step not in turns:
             return False
         if self.idea.recentre == "never" or step < self.turn:
             return False

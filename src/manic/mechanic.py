@@ -281,7 +281,9 @@ class Mechanic:
         known = self._learning if self._is_learning() else self._config
         count = None
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
-            count = torch.zeros_like(scale).add_(taken + 1)
+            count = torch.zeros_like(scale)
+            if known is self._config:  # else no row was seen before, however many steps there were
+                count.add_(taken + 1)
         h, finite, after, total, restart = _launched(_tune, scale)(
             sums, scale, before, self._betas, config, number, factor, known, count
         )
@@ -492,8 +494,8 @@ def check_logging(log_func: Any, log_every: int) -> None:
 
 @lru_cache
 def _of_new_rows(config: TunerConfig) -> TunerConfig:
-    """The config, for rows of which none comes twice."""
-    return replace(config, steps_per_epoch=math.inf)
+    """The config, for rows of which none comes twice while the scale is learned."""
+    return replace(config, steps_per_epoch=float(tuner.LEARNS))
 
 
 @lru_cache

@@ -16,7 +16,7 @@ The rule ``manic``, the default, finds where to start from the data, and bets fo
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; then every 9 steps
+    Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; not 81 if E > 243; then every 9 steps
 
 Then it settles. In place of (2) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
@@ -87,7 +87,9 @@ without it (``docs/tried.md``):
 - *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
   of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too
   large, and s overshoots by 2 to 3 times. Summed from a recent step, it says that the steps since then were too short.
-  A long Δ sees further through noise; a short one sees sooner that the first scale was too large.
+  A long Δ sees further through noise; a short one sees sooner that the first scale was too large. After step 32 the
+  longer one is better, if E says that no row comes twice while the scale is learned. Where rows may come again, it
+  takes what a net learns by heart for progress: so there Δ starts again once more, at 81.
 - *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
   the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
   valley, s stays too low. With α = 0 nothing holds s back where it is too high. The bound of the paper is for α = 1,
@@ -95,7 +97,7 @@ without it (``docs/tried.md``):
 - *Lost bets count less*, if E is given (4'). Steps of a good rate bounce, and are told so by an h above 0: the rate at
   which it is 0 on average is too low. In later epochs an h that is too low makes up for that, since longer steps always
   add to what a net knows by heart. So a lost bet counts half in the first epoch, and the more, the more often the rows
-  were seen. Rows that are held out never were: where h is of these, E is taken for infinite up to T.
+  were seen. Rows that are held out never were: where h is of these, e is 0 up to T, and T is 243.
 - *Bets end* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about the rate
   than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one to go
   slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from clean
@@ -145,7 +147,7 @@ RESCALED = 0.5  # α
 LEARNS = 3**5  # T, at most
 EPOCHS = 12  # T, if their steps are known, but a third of LEARNS at least
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
-DOUBLES = 32  # steps until which Δ starts again when their number has doubled; once more after a third of LEARNS
+DOUBLES = 32  # steps until which Δ starts again when their number has doubled; mostly once more after a third of LEARNS
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
@@ -356,7 +358,8 @@ def restarts(step: Any, config: TunerConfig) -> Any:
         [1, 2, 4, 8, 16, 32, 81, 243, 252, 261]
     """
     since = step - config.learning_steps
-    early = (DOUBLES % step == 0) | (step == LEARNS // 3)
+    once_more = config.steps_per_epoch is None or config.steps_per_epoch <= LEARNS
+    early = (DOUBLES % step == 0) | (once_more & (step == LEARNS // 3))
     return config.rule == "manic" and (early & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 

@@ -142,11 +142,13 @@ def main() -> None:
     options = parser.parse_args()
 
     methods = [method for method in METHODS if method != "mechanic-pytorch" or find_spec("mechanic_pytorch")]
+    rates = {task: [float(f"{10 ** (i / 2):.1g}") for i in TASKS[task]().half_decades] for task in options.tasks}
+    seeds = range(options.seeds)
     runs = [
         Run(task, by, options.steps, seed)
         for task in options.tasks
-        for by in [*methods, *(float(f"{10 ** (i / 2):.1g}") for i in TASKS[task]().half_decades)]
-        for seed in range(options.seeds)
+        for by in [*methods, *rates[task]]
+        for seed in seeds
     ]
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
@@ -155,15 +157,14 @@ def main() -> None:
     print(f"| | the rates: loss | {' | '.join(methods)} |")
     print(f"|---|---|{'---|' * len(methods)}")
     for task in options.tasks:
-        losses: dict[float | str, list[float]] = {}
-        for run, loss in found.items():
-            if run.task == task:
-                losses.setdefault(run.by, []).append(loss)
-        means = {by: fmean(values) for by, values in losses.items()}
-        best = min(means[by] for by in means if isinstance(by, float))
-        rates = ", ".join(f"{by:g}: {means[by]:.4f}" for by in means if isinstance(by, float))
-        cells = " | ".join(f"{means[method]:.4f} ({100 * (means[method] / best - 1):+.1f} %)" for method in methods)
-        print(f"| `{task}` | {rates} | {cells} |")
+        fixed, ours = (
+            {by: fmean(found[Run(task, by, options.steps, seed)] for seed in seeds) for by in ways}
+            for ways in (rates[task], methods)
+        )
+        best = min(fixed.values())
+        grid = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in fixed.items())
+        cells = " | ".join(f"{loss:.4f} ({100 * (loss / best - 1):+.1f} %)" for loss in ours.values())
+        print(f"| `{task}` | {grid} | {cells} |")
 
 
 if __name__ == "__main__":

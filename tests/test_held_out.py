@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import (
-    assert_same_bits,
-    backward,
-    flat,
-    make_net,
-    pair,
-    pending,
-    train,
-)
+from problems import assert_same_bits, backward, flat, make_net, pair, pending, train
 from torch import nn
 
 from manic import Mechanic, Updater

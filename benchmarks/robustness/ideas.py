@@ -563,6 +563,8 @@ class Tuner:
         if idea.learns_passes < math.inf:
             passes = max(81, idea.learns_passes * self.steps_per_epoch)
             idea = replace(idea, learns=round(min(passes, idea.learns)))
+        if idea.lasting and self.steps_per_epoch > idea.learns:
+            idea = replace(idea, turns=idea.turns[:-1])
         self.idea = idea
         self.betas = torch.tensor(idea.betas, dtype=torch.float64)
         self.n = len(idea.betas)
@@ -734,10 +736,8 @@ class Tuner:
         passes = [s / self.steps_per_epoch // self.idea.anew for s in (step - 1, step)]
         if step < min(self.turn, self.idea.learns) and passes[0] != passes[1]:
             return True
-        listed, turns = self.idea.recentre == "listed", self.idea.turns
-        if self.idea.lasting and self.steps_per_epoch > self.idea.learns:
-            turns = turns[:-1]
-        if listed and step < self.idea.learns and step not in turns:
+        listed = self.idea.recentre == "listed"
+        if listed and step < self.idea.learns and step not in self.idea.turns:
             return False
         if self.idea.recentre == "never" or step < self.turn:
             return False

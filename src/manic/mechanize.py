@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
+from manic.checks import check_kind, check_options
 from manic.displacement import Slot
+from manic.hooks import held_hooks
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic, check_logging
 from manic.tuner import BETAS, TunerConfig, TunerState
-from manic.updater import Updater, check_kind, check_options, held_hooks
+from manic.updater import Updater
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
 STATE_KEYS = ("reference", "delta")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import math
 import numbers
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.optim.optimizer as every_optimizer
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
@@ -30,8 +25,10 @@ from manic.checkpoint import (
     load_schedule,
     undone_on_error,
 )
+from manic.checks import base_of, check_groups, check_options, check_schedule
 from manic.displacement import Displacement
 from manic.distributed import version
+from manic.hooks import Guard, call_step_hooks, held_step_hooks
 from manic.kernels.compiled import outside_graphs
 from manic.kernels.plain import scale_dtype
 from manic.warn import Once, warn
@@ -99,15 +96,9 @@ class Updater:
         nonfinite: str = "skip",
         process_group: Any = None,
     ) -> None:
-        base = _base_of(optimizer, lr_scheduler)
+        base = base_of(optimizer, lr_scheduler)
         check_options(store_delta, cpu_offload, internal_lr, nonfinite, process_group)
-        _check_schedule(lr_scheduler)
-        scheduled = getattr(lr_scheduler, "optimizer", base)
-        if scheduled not in (base, optimizer):
-            raise ValueError(
-                f"lr_scheduler schedules another optimizer, of type {type(scheduled).__name__}; "
-                "expected one built on the optimizer given."
-            )
+        check_schedule(lr_scheduler, base, optimizer)
         self.base_optimizer: Optimizer = base
         self.lr_scheduler = lr_scheduler
         self._stepped = optimizer
@@ -125,11 +116,11 @@ class Updater:
         self._handed_off = False
         self._once = Once()
         self._epoch: int | None = None  # of the schedule, as `step` left it
-        self._check_groups()
+        check_groups(self.param_groups, self._kinds()["optimizer"])
         self._nominal = rates.Nominal(None if internal_lr is None else float(internal_lr))
         self._nominal.find(self.param_groups)
         self._restored: dict[str, bool] = {}  # who has loaded a state since the last step, and if it is of another step
-        _Guard.stand_before(self)
+        Guard.stand_before(self.base_optimizer, self)
         self._parameter_count = 0
         self._steps = self._skipped = 0  # taken, as far as the host knows, and skipped since
         device = self._parameters()[0].device
@@ -145,7 +136,7 @@ class Updater:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if not self._handed_off:
-            _Guard.stand_before(self)  # copies of optimizers have no hooks
+            Guard.stand_before(self.base_optimizer, self)  # copies of optimizers have no hooks
 
     def __repr__(self) -> str:
         kinds = ", ".join(kind for kind in self._kinds().values() if kind is not None)
@@ -214,8 +205,8 @@ class Updater:
         self._check_open()
         self._check_restored()
         if hooks:
-            self._call_hooks("pre", self.base_optimizer)
-        self._check_groups()
+            call_step_hooks("pre", self.base_optimizer)
+        check_groups(self.param_groups, self._kinds()["optimizer"])
         self._nominal.settle(self.param_groups)
         parameters = self._parameters()
         self._to(parameters[0].device)
@@ -332,7 +323,7 @@ class Updater:
             with (
                 self._rates_times(self._nominal.unit),
                 self._found_inf(on_device),
-                _held_step_hooks(self.base_optimizer),
+                held_step_hooks(self.base_optimizer),
             ):
                 if one_pass is not None:
                     loss = one_pass(self._scale, self._next_scale, self._finite, restart)
@@ -354,21 +345,10 @@ class Updater:
                 return self._skip()
             raise
         self._pending, self._begin, self._judge, self._skipped = False, None, None, 0
-        self._call_hooks("post", self.base_optimizer, *([] if closure is None else [closure]))
+        call_step_hooks("post", self.base_optimizer, *([] if closure is None else [closure]))
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, lr_scheduler.ReduceLROnPlateau):
             self._step_schedule(self.lr_scheduler)
         return loss
-
-    def _call_hooks(self, when: str, *args: Any) -> None:
-        """Call the hooks before or after a step, of the base optimizer and of all; a drop-in calls its own."""
-        own = getattr(self.base_optimizer, f"_optimizer_step_{when}_hooks", None)
-        if own is None:
-            return
-        everyones = getattr(every_optimizer, f"_global_optimizer_{when}_hooks")
-        first, then = (everyones, own) if when == "pre" else (own, everyones)  # torch's order
-        for hook in [*first.values(), *then.values()]:
-            if not isinstance(hook, _Guard):
-                hook(self.base_optimizer, args, {})
 
     def _check_pending(self) -> None:
         self._check_open()
@@ -377,7 +357,7 @@ class Updater:
                 "updater.step() was called without a mechanic.step() before it. Call mechanic.step(), then "
                 "updater.step(), once each after every backward pass. Was the Mechanic built on another Updater?"
             )
-        _Guard.check(self)
+        Guard.check(self.base_optimizer, self)
         if self._parameter_count != len(self._parameters()):
             raise RuntimeError(
                 "The parameters are not those that mechanic.step() saw: some were added since, or this is a copy. "
@@ -476,7 +456,7 @@ class Updater:
         if self.displacement.slots:
             return
         parameters = [x for x in self._parameters() if x.requires_grad or x.grad is not None]  # who would take part
-        with self._gradients_aside(), self._rates_times(0), _held_step_hooks(self.base_optimizer):
+        with self._gradients_aside(), self._rates_times(0), held_step_hooks(self.base_optimizer):
             for x in parameters:
                 x.grad = torch.zeros_like(x)
             self.base_optimizer.step()
@@ -531,7 +511,7 @@ class Updater:
         rates.rescale(self.param_groups, self.lr_scheduler, scale)
         self._take_back()
         self.displacement = Displacement(store_delta=self.displacement.store_delta, offload=self.displacement.offload)
-        _Guard.leave(self.base_optimizer)
+        Guard.leave(self.base_optimizer)
         self._handed_off = True
         return self.base_optimizer, self.lr_scheduler
 
@@ -666,27 +646,6 @@ class Updater:
                 "state dict of the optimizer itself: the tuner's is in it."
             )
 
-    def _check_groups(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            rate = group.get("lr")
-            if not isinstance(rate, numbers.Real) and not (isinstance(rate, Tensor) and rate.numel() == 1):
-                raise TypeError(
-                    f"Parameter group {i} of {self._kinds()['optimizer']} has lr={rate!r}, which cannot be "
-                    "scaled; expected a number. If the optimizer picks its own rate, give it an explicit lr."
-                )
-            if group.get("maximize"):
-                raise ValueError(
-                    f"Parameter group {i} has maximize=True, which turns the sign of the update against the gradient; "
-                    "expected False. Minimize the negative of the objective instead."
-                )
-            if group.get("differentiable"):
-                raise ValueError(
-                    f"Parameter group {i} has differentiable=True, but manic's part of a step has no derivative; "
-                    "expected False. To differentiate through steps, use those of manic.functional."
-                )
-        if not self._parameters():
-            raise ValueError("The optimizer has no parameters; expected at least one.")
-
     def _note_load(self, part: str, moved: bool) -> None:
         """Note that a part has loaded a state, and whether it is of another step than the part was at."""
         self._restored[part] = moved or self._restored.get(part, False)
@@ -767,33 +726,6 @@ class Updater:
             del optimizer.grad_scale, optimizer.found_inf
 
 
-@contextmanager
-def held_hooks(optimizer: Any, kind: str) -> Iterator[None]:
-    """Keep an optimizer's hooks of a kind, by the name that torch has for them, from being called."""
-    hooks = getattr(optimizer, kind, None)
-    if not hooks:
-        yield
-        return
-    setattr(optimizer, kind, OrderedDict())
-    try:
-        yield
-    finally:
-        hooks.update(getattr(optimizer, kind))  # those that were registered meanwhile
-        setattr(optimizer, kind, hooks)
-
-
-@contextmanager
-def _held_step_hooks(optimizer: Optimizer) -> Iterator[None]:
-    """Keep an optimizer's step from calling hooks; `Updater` does, before h is taken and after the step is scaled."""
-    with (
-        held_hooks(optimizer, "_optimizer_step_pre_hooks"),
-        held_hooks(optimizer, "_optimizer_step_post_hooks"),
-        held_hooks(every_optimizer, "_global_optimizer_pre_hooks"),
-        held_hooks(every_optimizer, "_global_optimizer_post_hooks"),
-    ):
-        yield
-
-
 class _NotFiniteError(Exception):
     """Raised in a base step that has to be skipped."""
 
@@ -809,126 +741,3 @@ def _epoch_of(schedule: Any) -> Any:
     if isinstance(schedule, lr_scheduler.ChainedScheduler):
         return _epoch_of(schedule._schedulers[0])
     return getattr(schedule, "last_epoch", None)
-
-
-def _check_schedule(schedule: Any) -> None:
-    """Raise TypeError unless `Updater` can step it, or it is ``None`` or one that the user steps."""
-    if schedule is None or isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
-        return
-    step = getattr(schedule, "step", None)
-    optimizes = hasattr(schedule, "param_groups")
-    if isinstance(schedule, type) or not callable(step) or optimizes:
-        given = f"of type {type(schedule).__name__}" if optimizes else repr(schedule)
-        raise TypeError(
-            f"lr_scheduler is {given}; expected a scheduler, as in "
-            "Updater(optimizer, CosineAnnealingLR(optimizer, 1000)), or None."
-        )
-    try:
-        inspect.signature(step).bind()
-    except TypeError as error:
-        raise TypeError(
-            f"lr_scheduler is of type {type(schedule).__name__}, whose step() cannot be called without "
-            f"arguments ({error}). Leave it out of Updater, and step it yourself after updater.step()."
-        ) from None
-
-
-def check_options(
-    store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str, process_group: Any
-) -> None:
-    """Raise TypeError or ValueError unless `Updater` can take these."""
-    if nonfinite not in ("skip", "raise"):
-        raise ValueError(f"nonfinite is {nonfinite!r}; expected 'skip' or 'raise'.")
-    for name, value in {"store_delta": store_delta, "cpu_offload": cpu_offload}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; expected True or False.")
-    if isinstance(internal_lr, bool) or not isinstance(internal_lr, numbers.Real | None):
-        raise TypeError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
-    if internal_lr is not None and not (math.isfinite(internal_lr) and internal_lr > 0):
-        raise ValueError(f"internal_lr is {internal_lr!r}; expected a finite number > 0, or None.")
-    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"process_group is {process_group!r:.60}; expected a torch.distributed.ProcessGroup, such as "
-            "device_mesh.get_group(), or None."
-        )
-
-
-def _base_of(optimizer: Any, lr_scheduler: Any) -> Optimizer:
-    """The optimizer that `Updater` keeps of the one it was given; or TypeError, if it cannot scale its steps."""
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-        raise _not_an_optimizer(optimizer, lr_scheduler)
-    # Lightning's and Accelerate's wrappers have no groups of their own: step them, and keep what they wrap.
-    base = optimizer if "param_groups" in vars(optimizer) else getattr(optimizer, "optimizer", optimizer)
-    if isinstance(base, Updater):
-        raise TypeError(
-            "optimizer is an Updater already; expected a plain optimizer, as in "
-            "Updater(torch.optim.SGD(model.parameters(), lr=1.0)). Give the Updater to Mechanic."
-        )
-    if hasattr(base, "mechanic"):
-        raise TypeError(
-            f"optimizer is of type {type(base).__name__}, which tunes itself; expected a plain optimizer. "
-            "Call its step() and leave out Updater and Mechanic."
-        )
-    check_kind(type(base))
-    return base
-
-
-def _not_an_optimizer(optimizer: Any, lr_scheduler: Any) -> TypeError:
-    kind, example = type(optimizer).__name__, "as in Updater(torch.optim.SGD(model.parameters(), lr=1.0))."
-    if isinstance(optimizer, type):
-        return TypeError(f"optimizer is the class {optimizer.__name__}; expected an object of it, {example}")
-    if hasattr(lr_scheduler, "param_groups"):
-        return TypeError(
-            f"optimizer is of type {kind}, and lr_scheduler of type {type(lr_scheduler).__name__}; "
-            "the two seem swapped: expected Updater(optimizer, lr_scheduler)."
-        )
-    return TypeError(f"optimizer is of type {kind}; expected a torch.optim.Optimizer, {example}")
-
-
-class _Guard:
-    """A hook of the base optimizer that refuses steps which its `Updater` does not take."""
-
-    def __init__(self, updater: Updater) -> None:
-        self._updater = weakref.ref(updater)
-
-    @classmethod
-    def stand_before(cls, updater: Updater) -> None:
-        cls.leave(updater.base_optimizer)
-        if hasattr(updater.base_optimizer, "_optimizer_step_pre_hooks"):  # an optimizer of torch's
-            updater.base_optimizer.register_step_pre_hook(cls(updater))
-
-    @classmethod
-    def check(cls, updater: Updater) -> None:
-        hooks = getattr(updater.base_optimizer, "_optimizer_step_pre_hooks", {}).values()
-        if any(isinstance(hook, cls) and hook._updater() not in (None, updater) for hook in hooks):
-            raise RuntimeError(
-                "Another Updater was built on this optimizer since. Of several Updaters on one optimizer only the last "
-                "may step. Nothing was changed."
-            )
-
-    @classmethod
-    def leave(cls, optimizer: Optimizer) -> None:
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
-        for key in [key for key, hook in hooks.items() if isinstance(hook, cls)]:
-            del hooks[key]
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Where all rates are 0 torch has it set up its state.
-        if self._updater() is not None and any(float(group["lr"]) for group in optimizer.param_groups):
-            raise RuntimeError(
-                "optimizer.step() was called, but this optimizer's steps are taken by updater.step(): leave it out. "
-                "To go on without manic, call mechanic.hand_off() first. Nothing was changed."
-            )
-
-
-def check_kind(kind: type) -> None:
-    """Raise TypeError if objects of an optimizer class keep weights that the scale would not reach; warn of L-BFGS."""
-    if hasattr(kind, "train") and hasattr(kind, "eval"):
-        raise TypeError(
-            f"The optimizer is of type {kind.__name__}, which keeps two sets of weights and switches between them with "
-            "train() and eval(); the scale would reach one only. Expected an optimizer with one set, such as AdamW."
-        )
-    if issubclass(kind, torch.optim.LBFGS):
-        warn(
-            f"The optimizer is of type {kind.__name__}, which chooses its own step lengths: there is no rate to tune, "
-            "and with manic it hardly trains as a rule. Use it alone."
-        )

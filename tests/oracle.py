@@ -62,7 +62,7 @@ class Oracle:
         if self.s_init is None:
             size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
             self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / min(factor, 1.0))
-            self.s = [30 * self.s_init / len(self.betas)] * len(self.betas)
+            self.s = [3 * self.s_init / len(self.betas)] * len(self.betas)
         before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
         if self.rule != "manic":
@@ -128,5 +128,6 @@ class Oracle:
             wealth = (self.s_init or 0.0) * self.m[i] / len(self.betas) + max(0.0, self.r[i])
             if self.rule != "manic":
                 self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
-            elif self.v[i] > 0:
-                self.s[i] = wealth / math.sqrt(self.v[i])
+            else:
+                rising = min(3 * self.s[i], 27 * (self.s_init or 0.0) / len(self.betas))
+                self.s[i] = wealth / math.sqrt(self.v[i]) if self.v[i] > 0 else rising

@@ -13,9 +13,9 @@ from problems import OPTIMIZERS, Calls, backward, flat, loss_of, make_net, relat
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
 
 from manic import Mechanic, Updater, tuner
-from manic.tuner import FIRST_STAKE, LEAST_SIZE, SHARE
+from manic.tuner import BETAS, FIRST_STAKE, LEAST_SIZE, SHARE, TRIPLES
 
-FIRST = SHARE * FIRST_STAKE
+FIRST = SHARE * TRIPLES
 
 
 @pytest.mark.parametrize("store_delta", [True, False])
@@ -33,6 +33,55 @@ def test_the_first_update_moves_the_parameters_by_a_share_of_their_norm(
     updater.step()
     assert relative_difference(flat(model), start) == pytest.approx(FIRST, rel=1e-6)
     assert updater.get_last_lr()[0] == pytest.approx(float(mechanic.scale) * lr)
+
+
+def test_until_the_first_bet_steps_get_three_times_as_long() -> None:
+    """Up to κ s_init, and no further if there is none."""
+    config, sizes = tuner.TunerConfig(), [torch.tensor(size) for size in (1.0, 2.0, 1.0, 4)]
+    state, betas, found = tuner.init(config), torch.tensor(BETAS, dtype=torch.float64), []
+    for _ in range(5):
+        state = tuner.begin(tuner.update(state, torch.tensor(0.0), betas, config), *sizes, config)
+        found.append(float(state.scales.sum()))
+    assert found == pytest.approx([2 * SHARE * growth for growth in (3, 9, FIRST_STAKE, FIRST_STAKE, FIRST_STAKE)])
+
+    model = make_net()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic, found = Mechanic(updater), []
+    for step in range(4):
+        backward(model, step)
+        mechanic.step()
+        updater.step()
+        found.append(float(mechanic.scale))
+    assert found[:3] == pytest.approx([found[0], 3 * found[0], 9 * found[0]])
+    assert found[3] != pytest.approx(found[2])  # a bet
+
+
+@pytest.mark.parametrize("gentle", [True, False])
+def test_so_a_net_survives_that_a_long_first_step_ruins(gentle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of its norm is that of gains, and most of its gradient that of the last layer."""
+    if not gentle:
+        monkeypatch.setattr(tuner, "TRIPLES", FIRST_STAKE)
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = x.prod(1, keepdim=True).tanh()
+    layers: list[torch.nn.Module] = []
+    for width in (8, 128, 128, 128):
+        layers += [torch.nn.Linear(width, 128, bias=False), torch.nn.BatchNorm1d(128), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(128, 1))
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9))
+    mechanic, losses = Mechanic(updater), []
+    for _ in range(60):
+        updater.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        mechanic.step()
+        updater.step()
+    if gentle:
+        assert max(losses) < 3 * losses[0]
+        assert losses[-1] < 0.1 * losses[0]
+    else:
+        assert not math.isfinite(losses[-1])
 
 
 def test_weights_of_zero_start_too() -> None:
@@ -102,7 +151,7 @@ def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
         moves.append(relative_difference(flat(model), before))
         losses.append(float(loss.detach()))
     assert moves[0] == pytest.approx(FIRST, rel=1e-5)
-    assert max(moves[:10]) < 1.5 * FIRST
+    assert max(moves[:10]) < 1.5 * FIRST_STAKE * SHARE
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -12,7 +12,8 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
 
 The rule ``manic``, the default, finds where to start from the data, and bets for T steps, with these changes::
 
-    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = κ s_init
+    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = 3 s_init, and then
+    s_{t+1} = min(3 s_t, κ s_init)        until an h is not 0  (8')
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
@@ -77,12 +78,13 @@ What each rule does that the paper as printed does not:
 Why ``manic`` does so, in the order of a run. Each point is for a measured fault of the published rule, or of ``manic``
 without it (``docs/tried.md``):
 
-- *No units.* With m and ε as said, λ = 0, or else no scale in its term (1'), and an s that stays as it is until the
-  first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
+- *No units.* With m and ε as said, λ = 0, or else no scale in its term (1'), and an s that follows (8') until
+  the first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
 - *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
   most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. Weights
   of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). The first
-  scale is κ = 30 times s_init; if the first bets are lost, s falls back to s_init.
+  bet, on step 4, is on κ = 27 times s_init, which is too high for some nets under SGD; so s triples up to there, and
+  the first step is a short one. If the first bets are lost, s falls back to s_init.
 - *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
 - *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
   of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too
@@ -141,7 +143,8 @@ from torch import Tensor
 RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
-FIRST_STAKE = 30  # κ: the first scale, in s_init
+FIRST_STAKE = 27  # κ: the scale of the first bet, in s_init
+TRIPLES = 3  # times s, at most, in each step before it
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T, at most
@@ -317,7 +320,7 @@ def begin(
     s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
     fresh = (state.start == 0) & s_init.isfinite() & (grad_square > 0).unsqueeze(-1)
     start = torch.where(fresh, s_init / len(config.betas), state.start)
-    return state._replace(scales=torch.where(fresh, _capped(FIRST_STAKE * start, config), state.scales), start=start)
+    return state._replace(scales=torch.where(fresh, _capped(TRIPLES * start, config), state.scales), start=start)
 
 
 def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:
@@ -473,7 +476,8 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tenso
         r = won  # (4)
     wealth = start * m + won  # (5)
     if config.rule == "manic":
-        s = torch.where(v > 0, wealth / v.sqrt(), s)  # (6)
+        rising = torch.minimum(TRIPLES * s, FIRST_STAKE * start)  # (8')
+        s = torch.where(v > 0, wealth / v.sqrt(), rising)  # (6)
     else:
         s = wealth / (v.sqrt() + config.eps)  # (6)
     return state._replace(

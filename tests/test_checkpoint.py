@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import subprocess
 import sys
 import warnings
@@ -584,6 +585,22 @@ def test_the_options_come_with_the_state() -> None:
     other.load_state_dict(saved.state_dict())
     assert other.mechanic.state_dict()["config"] == saved.mechanic.state_dict()["config"]
     assert other.state_dict()["param_groups"][0]["mechanic_config"]["rule"] == "optax"
+
+
+def test_other_options_than_the_saved_ones_are_said_to_be_replaced() -> None:
+    model = make_net()
+
+    def made(**options: Any) -> Any:
+        return mechanize(torch.optim.AdamW, **options)(model.parameters(), lr=0.1)
+
+    state = made(steps_per_epoch=20, max_scale=3.0).state_dict()
+    for silent in ({}, {"steps_per_epoch": 20}, {"steps_per_epoch": 20.0, "max_scale": 3}):
+        made(**silent).load_state_dict(state)
+    other = made(steps_per_epoch=10, s_init=1e-3, max_scale=3.0)
+    said = "given s_init=0.001, steps_per_epoch=10.0, and the state was saved with s_init=None, steps_per_epoch=20.0"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        other.load_state_dict(state)
+    assert other.mechanic.state_dict()["config"]["steps_per_epoch"] == 20
 
 
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])

@@ -20,6 +20,7 @@ from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
 from manic.tuner import BETAS, Sums, TunerConfig, TunerState
 from manic.updater import Updater
+from manic.warn import warn
 
 ALWAYS, EVERY = 100, 4  # the scale is learned from held-out rows in the first steps, then in every so many
 REPEATS = 10  # calls of `Mechanic.step` for one step that are too many
@@ -134,11 +135,10 @@ class Mechanic:
         updater._start(self._state.scales.sum())
 
     def __repr__(self) -> str:
-        usual = asdict(TunerConfig(rule=self._config.rule)) | {"rule": "manic"}
-        options = {name: value for name, value in asdict(self._config).items() if value != usual[name]}
+        options = _options(self._config)
         if self.scale.is_cpu:  # else it would have to be waited for
             options["scale"] = float(self.scale)
-        return f"Mechanic({self.updater!r}{''.join(f', {name}={value!r}' for name, value in options.items())})"
+        return f"Mechanic({', '.join([repr(self.updater), *_words(options)])})"
 
     @property
     def scale(self) -> Tensor:
@@ -412,6 +412,14 @@ class Mechanic:
             ValueError: it is not the state of a Mechanic; nothing was changed.
         """
         config = self._check_state(state_dict)
+        saved = asdict(config)
+        given = {name: value for name, value in _options(self._config).items() if value != saved[name]}
+        if given:
+            kept = _words({name: saved[name] for name in given})
+            warn(
+                f"This Mechanic was given {', '.join(_words(given))}, and the state was saved with {', '.join(kept)}, "
+                "which it goes on with. To change an option, start a new Mechanic without loading a state."
+            )
         scales = self._state.scales
         state = TunerState(*(state_dict["tuner"][name].to(scales, copy=True) for name in TunerState._fields))
         self._configure(config)
@@ -480,6 +488,16 @@ class Mechanic:
                 "again": again,
             }
         )
+
+
+def _options(config: TunerConfig) -> dict[str, Any]:
+    """Those that are not what they are by default."""
+    usual = asdict(TunerConfig(rule=config.rule)) | {"rule": "manic"}
+    return {name: value for name, value in asdict(config).items() if value != usual[name]}
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in options.items()]
 
 
 def check_logging(log_func: Any, log_every: int) -> None:

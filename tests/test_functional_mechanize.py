@@ -216,7 +216,7 @@ def test_weight_decay_alone_starts_nothing():
     moved, state = step(params, {"w": torch.zeros(2)}, state, config)
     assert torch.equal(moved["w"], params["w"])
     moved, state = step(moved, {"w": torch.ones(2)}, state, config)
-    assert distance(moved, params) == pytest.approx(0.03, rel=0.1)
+    assert distance(moved, params) == pytest.approx(0.003, rel=0.1)
 
 
 def test_the_reference_is_a_copy():

@@ -66,12 +66,14 @@ class Idea:
 
     Attributes:
         s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
-        stake: the first scale, in s_init; the published rule has about 100.
+        stake: the scale of the first bet, in s_init; the published rule has about 100.
+        triples: times the scale, at most, in each step before it; infinite: it is the first scale.
         by_factor: divide the first update by the schedule's factor.
         recentre: when x_ref moves: until T after the steps of `turns` (``"listed"``), ``"never"``, ``"growing"`` from
             step `first` on, or ``"every"`` `first` steps.
         turns: the steps that are listed.
         lasting: but for the last of them, if an epoch takes more than T steps.
+        left: the share of Δ that is left after it.
         growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
@@ -146,10 +148,12 @@ class Idea:
     s_init: float | None = None
     share: float = tuner.SHARE
     stake: float = tuner.FIRST_STAKE
+    triples: float = tuner.TRIPLES
     by_factor: bool = True
     recentre: str = "listed"
     turns: tuple[int, ...] = EARLY
     lasting: bool = False
+    left: float = 0.0
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -213,7 +217,8 @@ class Idea:
     shared: bool = False
 
 
-TRIPLED = Idea(recentre="growing")
+AT_ONCE = Idea(stake=30.0, triples=math.inf)
+TRIPLED = replace(AT_ONCE, recentre="growing")
 NOISE = replace(TRIPLED, premium=1.0)
 TRIPLING = replace(NOISE, learns=math.inf, short=0)
 DOUBLING = replace(TRIPLING, growth=2.0, rescaled=1.0)
@@ -243,14 +248,18 @@ TOLD_NOW = replace(TOLD_EVEN, lost="half at first", lasting=True)
 
 
 def at(*steps: int) -> Idea:
-    """The default, with these steps after which x_ref moves until T."""
-    return Idea(turns=steps)
+    """The default before, with these steps after which x_ref moves until T."""
+    return replace(AT_ONCE, turns=steps)
 
 
 IDEAS = {
     "the default": Idea(),
     "… s_init is 1e-8": Idea(s_init=1e-8),
     "… the first scale is s_init": Idea(stake=1.0),
+    "… the first scale at once, 30 s_init": AT_ONCE,
+    "… s doubles, up to 8 s_init": Idea(stake=8.0, triples=2.0),
+    "… Δ does not start again at 81": Idea(turns=EARLY[:-1]),
+    "… half of Δ is left at 81": Idea(left=0.5),
     "… Δ never starts again": Idea(recentre="never"),
     "… Δ starts again every nine steps from the start": Idea(recentre="every", first=tuner.SHORT),
     "… all of a change of the scale is made up for: α = 1": Idea(rescaled=1.0),
@@ -304,6 +313,8 @@ IDEAS = {
     "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
+    "… the first scale at once, 30 s_init, given the epoch": replace(TOLD_NOW, stake=30.0, triples=math.inf),
+    "… Δ does not start again at 81, given the epoch": replace(TOLD_NOW, turns=EARLY[:-1], lasting=False),
     "h of a point midway": Idea(midway=0.5),
     "h of a point midway, by half": Idea(midway=0.25),
     "h of a point midway, by a tenth": Idea(midway=0.1),
@@ -620,7 +631,7 @@ class Tuner:
                 size = torch.maximum(self.product(x, x), tuner.LEAST_SIZE**2 * self.product(ones, ones)).sqrt()
                 moved = self.product(u, u).sqrt() / (part if idea.by_factor else 1.0)
                 self.start = (idea.share * size / moved).unsqueeze(-1)
-            self.s = (idea.stake * self.start / self.n).expand_as(self.s)
+            self.s = (min(idea.triples, idea.stake) * self.start / self.n).expand_as(self.s)
         return self.spread(self.update(h, part))
 
     def update(self, h: Tensor, part: float) -> Tensor:
@@ -658,7 +669,8 @@ class Tuner:
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
-        self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), self.s)
+        rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * self.start / self.n)
+        self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), rising)
         scale = self.s.sum(-1)
         settled = part < idea.settle * self.highest or (self.count > 81 and e > idea.settles)
         limit = self.scale if settled else self.limit
@@ -804,7 +816,8 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
                 continue
             x[:, i] = reference[:, i] + scale * delta[:, i]
             if one.recentres(step + 1):
-                reference[:, i], delta[:, i], recent[i] = x[:, i], 0, []
+                delta[:, i] *= one.idea.left * (step + 1 in one.idea.turns[-1:])
+                reference[:, i], recent[i] = x[:, i] - scale * delta[:, i], []
         if is_check(step + 1, steps):
             yield x
 

@@ -83,8 +83,8 @@ without it (``docs/tried.md``):
 - *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
   most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. Weights
   of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). The first
-  bet, on step 4, is on κ = 27 times s_init, which is too high for some nets under SGD; so s triples up to there, and
-  the first step is a short one. If the first bets are lost, s falls back to s_init.
+  bet is that of step 4, as Δ starts again after steps 1 and 2, on κ = 27 times s_init. Three steps of that length, of
+  which nothing is known, ruin some nets under SGD; so s triples up to there. If bets are lost, it falls to s_init.
 - *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
 - *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
   of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too

@@ -175,7 +175,6 @@ def loss_of(net: Net, model: nn.Module, rows: Tensor) -> Tensor:
 def train(run: Run) -> float:
     """Train in this process, on one thread: the mean training loss of the last steps, infinite if one is not finite."""
     torch.set_num_threads(1)
-    logging.getLogger("manic").setLevel(logging.ERROR)  # it tells of skipped steps
     net, (make, *_) = NETS[run.net], OPTIMIZERS[run.optimizer]
     torch.manual_seed(run.seed)
     model = net.make()
@@ -199,6 +198,11 @@ def train(run: Run) -> float:
         for stepper in steppers:
             stepper.step()
     return fmean(losses[-LAST:])
+
+
+def hush() -> None:
+    """Have manic not tell of skipped steps."""
+    logging.getLogger("manic").setLevel(logging.ERROR)
 
 
 def main() -> None:
@@ -226,7 +230,7 @@ def main() -> None:
         for seed in seeds
     ]
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), hush) as pool:
         found = dict(zip(runs, tqdm(pool.map(train, runs, chunksize=4), total=len(runs)), strict=True))
 
     def loss(net: str, optimizer: str, by: float | str) -> float:

@@ -129,9 +129,9 @@ def test_changes_by_others_are_kept(through: str) -> None:
     slot = updater.displacement.slots[weight]
     reference, delta, rest = slot.reference.clone(), slot.delta.clone(), model.hidden.weight.detach().clone()
     scale = float(updater.scale)
-    assert float(delta.min()) < -0.02 / scale < 0 < delta.max()
-    left = torch.where(delta < 0, (delta + 0.02 / scale).clamp(max=0), delta)
-    changed = weight.detach() + 0.02
+    assert float(delta.min()) < -0.01 / scale < 0 < delta.max()
+    left = torch.where(delta < 0, (delta + 0.01 / scale).clamp(max=0), delta)
+    changed = weight.detach() + 0.01
     if through == "rebase":
         weight.data.copy_(changed)  # moves no version counter
         updater.rebase()
@@ -143,7 +143,7 @@ def test_changes_by_others_are_kept(through: str) -> None:
     assert torch.allclose(weight, changed, rtol=1e-14)
     assert torch.allclose(slot.delta, left, rtol=1e-9)
     assert torch.equal(slot.delta == delta, delta >= 0)
-    assert torch.allclose(slot.reference, reference + 0.02 - RESCALED * scale * (left - delta), rtol=1e-12)
+    assert torch.allclose(slot.reference, reference + 0.01 - RESCALED * scale * (left - delta), rtol=1e-12)
     assert torch.equal(model.hidden.weight, rest)
     updater.step()
     assert relative_difference(weight.detach(), changed) < 0.2
@@ -283,7 +283,7 @@ def test_what_others_do_between_the_two_calls_is_kept(store_delta: bool) -> None
         updater.step()
     moved = flat(model)
     assert float(model.gain.detach()) == pytest.approx(5, abs=0.1)
-    assert 0 < (moved - before).abs().sort().values[-2] < 0.1
+    assert 0 < (moved - before).abs().sort().values[-2] < 0.5
 
 
 @pytest.mark.parametrize("store_delta", [True, False])

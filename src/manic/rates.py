@@ -33,8 +33,8 @@ SCHEDULER_RATES: dict[type, tuple[str, ...]] = {
 }
 # Optimizers of which `hand_off` cannot rescale what they keep in their state, or that do not step in proportion to lr.
 NAMES = (
-    "AccSGD AdaFactor AdamG Amos ApolloDQN ASGD FTRL Fromage MADGRAD Magma Nero Ranger Ranger21 RangerQH RangerVA "
-    "RMSpropTF Rprop SRMM"
+    "AccSGD AdaFactor AdaMod AdamG Amos ApolloDQN ASGD FTRL Fromage MADGRAD Magma Nero Ranger Ranger21 RangerQH "
+    "RangerVA RMSpropTF Rprop SRMM"
 )
 NOT_IN_PROPORTION = set(NAMES.split())
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")

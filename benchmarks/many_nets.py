@@ -31,13 +31,13 @@ from manic import Mechanic, Updater
 BATCH = 32
 LAST = 20  # steps whose mean loss is compared
 MANIC, PUBLISHED = METHODS = ("manic", "mechanic-pytorch")
-# What makes an optimizer, and the ends of its grid of rates in half decades.
-OPTIMIZERS: dict[str, tuple[Any, int, int]] = {
-    "SGD": (torch.optim.SGD, -8, 4),
-    "SGD, momentum 0.9": (partial(torch.optim.SGD, momentum=0.9), -8, 2),
-    "SGD, Nesterov 0.95": (partial(torch.optim.SGD, momentum=0.95, nesterov=True), -8, 2),
-    "AdamW": (torch.optim.AdamW, -10, 0),
-    "RMSprop": (torch.optim.RMSprop, -11, -1),
+# The class and options of an optimizer, and its grid of rates in half decades.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], range]] = {
+    "SGD": (torch.optim.SGD, {}, range(-8, 5)),
+    "SGD, momentum 0.9": (torch.optim.SGD, {"momentum": 0.9}, range(-8, 3)),
+    "SGD, Nesterov 0.95": (torch.optim.SGD, {"momentum": 0.95, "nesterov": True}, range(-8, 3)),
+    "AdamW": (torch.optim.AdamW, {}, range(-10, 1)),
+    "RMSprop": (torch.optim.RMSprop, {}, range(-11, 0)),
 }
 
 
@@ -175,14 +175,12 @@ def loss_of(net: Net, model: nn.Module, rows: Tensor) -> Tensor:
 def train(run: Run) -> float:
     """Train in this process, on one thread: the mean training loss of the last steps, infinite if one is not finite."""
     torch.set_num_threads(1)
-    net, (make, *_) = NETS[run.net], OPTIMIZERS[run.optimizer]
+    net, (make, settings, _) = NETS[run.net], OPTIMIZERS[run.optimizer]
     torch.manual_seed(run.seed)
     model = net.make()
     if run.by == PUBLISHED:
-        inner: Any = make.func if isinstance(make, partial) else make
-        options = make.keywords if isinstance(make, partial) else {}
-        make = partial(import_module("mechanic_pytorch").mechanize(inner), **options)
-    optimizer = make(model.parameters(), lr=run.by if isinstance(run.by, float) else 1.0)
+        make = import_module("mechanic_pytorch").mechanize(make)
+    optimizer = make(model.parameters(), lr=run.by if isinstance(run.by, float) else 1.0, **settings)
     steppers: list[Any] = [optimizer]
     if run.by == MANIC:
         updater = Updater(optimizer)
@@ -218,8 +216,7 @@ def main() -> None:
 
     methods = [method for method in METHODS if method == MANIC or find_spec("mechanic_pytorch")]
     rates = {
-        name: [float(f"{10 ** (i / 2):.3g}") for i in range(low, high + 1)]
-        for name, (_, low, high) in OPTIMIZERS.items()
+        name: [float(f"{10 ** (i / 2):.3g}") for i in half_decades] for name, (*_, half_decades) in OPTIMIZERS.items()
     }
     seeds = range(options.seeds)
     runs = [

@@ -178,6 +178,21 @@ def train(model: nn.Module, updater: Updater, mechanic: Mechanic, steps: range, 
     return loss
 
 
+def fit(
+    model: nn.Module, updater: Updater, mechanic: Mechanic, x: torch.Tensor, y: torch.Tensor, steps: int
+) -> list[float]:
+    """The loss, a mean squared error, before each step."""
+    losses = []
+    for _ in range(steps):
+        updater.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        mechanic.step()
+        updater.step()
+    return losses
+
+
 def pending(**options: Any) -> tuple[Net, Updater, Mechanic, torch.Tensor]:
     """A run of which only ``updater.step()`` of step 31 is missing, and its parameters."""
     model = make_net()

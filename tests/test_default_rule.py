@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from problems import OPTIMIZERS, Calls, backward, flat, loss_of, make_net, relative_difference
+from problems import OPTIMIZERS, Calls, backward, fit, flat, loss_of, make_net, relative_difference
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
 
 from manic import Mechanic, Updater, tuner
@@ -69,14 +69,7 @@ def test_so_a_net_survives_that_a_long_first_step_ruins(gentle: bool, monkeypatc
         layers += [torch.nn.Linear(width, 128, bias=False), torch.nn.BatchNorm1d(128), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(128, 1))
     updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9))
-    mechanic, losses = Mechanic(updater), []
-    for _ in range(60):
-        updater.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        mechanic.step()
-        updater.step()
+    losses = fit(model, updater, Mechanic(updater), x, y, 60)
     if gentle:
         assert max(losses) < 3 * losses[0]
         assert losses[-1] < 0.1 * losses[0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Oracle
-from problems import assert_same_bits, backward, make_net, relative_difference
+from problems import assert_same_bits, backward, fit, make_net, relative_difference
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -443,15 +443,7 @@ def test_adapters_that_start_at_zero_train_and_the_rest_stays() -> None:
     model = LoRA(layer)
     groups = [{"params": [model.a], "lr": 1.0}, {"params": [model.b], "lr": 16.0}]
     updater = Updater(torch.optim.AdamW(groups))
-    mechanic = Mechanic(updater)
-    losses = []
-    for _ in range(600):
-        updater.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        mechanic.step()
-        updater.step()
+    losses = fit(model, updater, Mechanic(updater), x, y, 600)
     assert losses[-1] < 0.1 * losses[0]
     slow, fast = updater.get_last_lr()
     assert fast == pytest.approx(16 * slow, rel=1e-12)

@@ -73,13 +73,16 @@ class Idea:
             step `first` on, or ``"every"`` `first` steps.
         turns: the steps that are listed.
         lasting: but for the last of them, if an epoch takes more than T steps.
-        left: the share of Δ that is left after it.
+        left: the share of Δ that is left after the steps of `left_at`; after others nothing is.
+        left_at: these steps; only the last of those that are listed, if not said otherwise.
         growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
         lost: and that times this, a key of `OF_PASSES`: by the number of passes over the data so far.
+        lost_epoch: the steps of a pass that it goes by; 0: those of the task.
+        lost_until: bets that are lost count in full after so many steps.
         wins: bets that are won count half once the rows have been seen so many times before, and less and less.
         forgiving: and that times the schedule's factor, beside its highest, to this power.
         bounces: and that less this much of the share of h² that was signal in some ten steps.
@@ -154,6 +157,7 @@ class Idea:
     turns: tuple[int, ...] = EARLY
     lasting: bool = False
     left: float = 0.0
+    left_at: tuple[int, ...] = EARLY[-1:]
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -161,6 +165,8 @@ class Idea:
     clip: bool = True
     losses: float = 1.0
     lost: str = ""
+    lost_epoch: float = 0.0
+    lost_until: float = math.inf
     wins: float = math.inf
     forgiving: float = 0.0
     bounces: float = 0.0
@@ -217,6 +223,8 @@ class Idea:
     shared: bool = False
 
 
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
+IN_20 = Idea(lost="half at first", lost_epoch=20.25)
 AT_ONCE = Idea(stake=30.0, triples=math.inf)
 TRIPLED = replace(AT_ONCE, recentre="growing")
 NOISE = replace(TRIPLED, premium=1.0)
@@ -261,6 +269,22 @@ IDEAS = {
     "… s doubles, up to 8 s_init": Idea(stake=8.0, triples=2.0),
     "… Δ does not start again at 81": Idea(turns=EARLY[:-1]),
     "… half of Δ is left at 81": Idea(left=0.5),
+    "… a quarter of Δ is left at 81": Idea(left=0.25),
+    "… a quarter of Δ is left each time": Idea(left=0.25, left_at=EARLY),
+    "… half of Δ is left each time": Idea(left=0.5, left_at=EARLY),
+    "… half of Δ is left at 1, 2, 4, 8, 16, 32, 64, 128": Idea(left=0.5, left_at=POWERS, turns=POWERS),
+    "… losses count as in an epoch of 20 steps": IN_20,
+    "… losses count as in an epoch of 40 steps": replace(IN_20, lost_epoch=40.0),
+    "… losses count as in an epoch of 81 steps": replace(IN_20, lost_epoch=81.0),
+    "… losses count as in an epoch of 20 steps, half of Δ is left at 81": replace(IN_20, left=0.5),
+    "… losses count as in an epoch of 20 steps, Δ does not start again at 81": replace(IN_20, turns=EARLY[:-1]),
+    "… losses count half up to step 16": Idea(losses=0.5, lost_until=16),
+    "… losses count half up to step 32": Idea(losses=0.5, lost_until=32),
+    "… losses count half up to step 81": Idea(losses=0.5, lost_until=81),
+    "… ρ = 2e-3": Idea(share=2e-3, stake=13.5),
+    "… ρ = 3e-3": Idea(share=3e-3, stake=9.0),
+    "… ρ = 3e-3, half of Δ is left at 81": Idea(share=3e-3, stake=9.0, left=0.5),
+    "… ρ = 3e-3, Δ does not start again at 81": Idea(share=3e-3, stake=9.0, turns=EARLY[:-1]),
     "… Δ never starts again": Idea(recentre="never"),
     "… Δ starts again every nine steps from the start": Idea(recentre="every", first=tuner.SHORT),
     "… all of a change of the scale is made up for: α = 1": Idea(rescaled=1.0),
@@ -274,7 +298,7 @@ IDEAS = {
     "… what the schedule falls by is made up for once": Idea(again=1.0),
     "… where h is noise, the schedule counts in full: π to the power of c": TWICE,
     "Δ starts again at 1, 3, 9, 27, 81: tripling": TRIPLED,
-    "… at 1, 2, 4, 8, 16, 32, 64, 128: doubling": at(1, 2, 4, 8, 16, 32, 64, 128),
+    "… at 1, 2, 4, 8, 16, 32, 64, 128: doubling": at(*POWERS),
     "… at 2, 4, 8, 16, 32, 81": at(2, 4, 8, 16, 32, 81),
     "… at 3, 8, 16, 32, 81": at(3, 8, 16, 32, 81),
     "… at 4, 8, 16, 32, 81": at(4, 8, 16, 32, 81),
@@ -319,6 +343,10 @@ IDEAS = {
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
     "… the first scale at once, 30 s_init, given the epoch": replace(TOLD_NOW, stake=30.0, triples=math.inf),
+    "… half of Δ is left at 81, given the epoch": replace(TOLD_NOW, left=0.5),
+    "… ρ = 2e-3, given the epoch": replace(TOLD_NOW, share=2e-3, stake=13.5),
+    "… ρ = 3e-3, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0),
+    "… ρ = 3e-3, half of Δ is left at 81, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0, left=0.5),
     "… Δ does not start again at 81, given the epoch": replace(TOLD_NOW, turns=EARLY[:-1], lasting=False),
     "h of a point midway": Idea(midway=0.5),
     "h of a point midway, by half": Idea(midway=0.25),
@@ -668,7 +696,9 @@ class Tuner:
         bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
         self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
         signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
-        losses = idea.losses * (OF_PASSES[idea.lost](e) if idea.lost else 1.0)
+        passes = self.count / (idea.lost_epoch or self.steps_per_epoch)
+        losses = idea.losses * (OF_PASSES[idea.lost](passes) if idea.lost else 1.0)
+        losses = losses if self.count < idea.lost_until else 1.0
         losses = losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
         bet = torch.where(bet > 0, losses * bet, bet / (1 + max(0.0, e - 1) / idea.wins))
         self.m = torch.maximum(self.betas * self.m, h.abs())
@@ -821,7 +851,7 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
                 continue
             x[:, i] = reference[:, i] + scale * delta[:, i]
             if one.recentres(step + 1):
-                delta[:, i] *= one.idea.left * (step + 1 in one.idea.turns[-1:])
+                delta[:, i] *= one.idea.left * (step + 1 in one.idea.left_at)
                 reference[:, i], recent[i] = x[:, i] - scale * delta[:, i], []
         if is_check(step + 1, steps):
             yield x

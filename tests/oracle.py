@@ -111,6 +111,8 @@ class Oracle:
             held = max(before, 1.0) / max(self.peak, 1.0)
             self.s, self.r = [held * s for s in self.s], [held * r for r in self.r]
             self.s_init = self.s_init and held * self.s_init
+        warming = self.rule == "manic" and before < factor < 1
+        ceiling = max(81, 1 / (factor - before)) if warming else 0.0
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])
@@ -125,6 +127,8 @@ class Oracle:
                 self.m[i] = max(beta * self.m[i], h if self.rule == "paper" else abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * h)
             self.v[i] = beta**2 * self.v[i] + h**2
+            most = (self.s_init or 0.0) / len(self.betas) * (ceiling * math.sqrt(self.v[i]) - self.m[i])
+            self.r[i] = min(self.r[i], most) if warming else self.r[i]
             wealth = (self.s_init or 0.0) * self.m[i] / len(self.betas) + max(0.0, self.r[i])
             if self.rule != "manic":
                 self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)

@@ -113,6 +113,30 @@ def test_a_warmup_moves_less(first: float) -> None:
         break
 
 
+@pytest.mark.parametrize("made_up_for", [False, True])
+@pytest.mark.parametrize(("steps", "ceiling"), [(30, 81), (200, 200)])
+def test_a_warmup_stays_one(steps: int, ceiling: float, made_up_for: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bets that are won at low rates do not make up for them, and what they earned is gone when it is over."""
+    if made_up_for:
+        monkeypatch.setattr(tuner, "WARMUP", 1e9)
+    found = scales_of(steps + 1, lambda _: -1.0, lambda step: min(1.0, step / steps))
+    highest, after = max(found[: steps - 1]), found[-1]
+    assert (highest <= ceiling * (1 + 1e-9)) != made_up_for
+    assert highest > 0.99 * ceiling
+    assert after < 2 * highest
+
+
+def test_but_a_low_rate_that_stays_is_none() -> None:
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+    def product(step: int) -> float:
+        return noise[step - 1] - 1
+
+    constant, low = scales_of(100, product), scales_of(100, product, lambda _: 0.1)
+    assert low == constant
+    assert max(constant) > 81
+
+
 def steep(step: int) -> float:
     """A thousand times as high after 100 steps, and so on."""
     return 1 + 999 * (1 - abs(step % 200 - 100) / 100)

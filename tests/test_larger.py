@@ -16,7 +16,7 @@ import many_nets
 
 
 @pytest.mark.parametrize("by", [0.003, "manic", larger.TOLD])
-@pytest.mark.parametrize(("task", "steps"), [("gpt", 12), ("denoiser", 60)])
+@pytest.mark.parametrize(("task", "steps"), [("gpt", 12), ("gpt2", 12), ("denoiser", 60)])
 def test_every_kind_of_run_trains(task: str, steps: int, by: float | str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(larger, "CHECKED", 4)
     before, after = (larger.train(larger.Run(task, by, count, 0)) for count in (0, steps))

@@ -68,6 +68,7 @@ class Idea:
         s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
         stake: the scale of the first bet, in s_init; the published rule has about 100.
         triples: times the scale, at most, in each step before it; infinite: it is the first scale.
+        warmup: while the schedule's factor rises below 1, the scale stays below this, or the warmup's steps, in s_init.
         by_factor: divide the first update by the schedule's factor.
         recentre: when x_ref moves: until T after the steps of `turns` (``"listed"``), ``"never"``, ``"growing"`` from
             step `first` on, or ``"every"`` `first` steps.
@@ -152,6 +153,7 @@ class Idea:
     share: float = tuner.SHARE
     stake: float = tuner.FIRST_STAKE
     triples: float = tuner.TRIPLES
+    warmup: float = tuner.WARMUP
     by_factor: bool = True
     recentre: str = "listed"
     turns: tuple[int, ...] = EARLY
@@ -225,7 +227,8 @@ class Idea:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 IN_20 = Idea(lost="half at first", lost_epoch=20.25)
-AT_ONCE = Idea(stake=30.0, triples=math.inf)
+MADE_UP = Idea(warmup=math.inf)
+AT_ONCE = replace(MADE_UP, stake=30.0, triples=math.inf)
 TRIPLED = replace(AT_ONCE, recentre="growing")
 NOISE = replace(TRIPLED, premium=1.0)
 TRIPLING = replace(NOISE, learns=math.inf, short=0)
@@ -262,6 +265,9 @@ def at(*steps: int) -> Idea:
 
 IDEAS = {
     "the default": Idea(),
+    "… a warmup is made up for": MADE_UP,
+    "… at most 9 s_init in a warmup": Idea(warmup=9.0),
+    "… at most 27 s_init in a warmup": Idea(warmup=27.0),
     "… s_init is 1e-8": Idea(s_init=1e-8),
     "… the first scale is s_init": Idea(stake=1.0),
     "… the first scale at once, 30 s_init": AT_ONCE,
@@ -342,7 +348,10 @@ IDEAS = {
     "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
-    "… the first scale at once, 30 s_init, given the epoch": replace(TOLD_NOW, stake=30.0, triples=math.inf),
+    "… a warmup is made up for, given the epoch": replace(TOLD_NOW, warmup=math.inf),
+    "… the first scale at once, 30 s_init, given the epoch": replace(
+        TOLD_NOW, stake=30.0, triples=math.inf, warmup=math.inf
+    ),
     "… half of Δ is left at 81, given the epoch": replace(TOLD_NOW, left=0.5),
     "… ρ = 2e-3, given the epoch": replace(TOLD_NOW, share=2e-3, stake=13.5),
     "… ρ = 3e-3, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0),
@@ -677,13 +686,13 @@ class Tuner:
             self.recent = part
         before, self.before = self.before, h
         self.count += 1
-        rises, self.highest = part > self.highest, max(self.highest, part)
+        rises, self.highest = part - self.highest, max(self.highest, part)
         self.peak = self.highest if self.count <= idea.learns else self.peak
         if self.count <= idea.learns:
             self.top = self.highest if math.isinf(idea.rises) else min(self.highest, idea.rises * part)
         self.top = max(min(self.top * (1 + idea.climbs), self.highest), part)
         e = self.count / self.steps_per_epoch
-        if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises)):
+        if self.count > idea.learns and not (idea.then == "mean" or (idea.then == "warm" and rises > 0)):
             if self.rates:
                 rates, self.rates = torch.stack(self.rates), []
                 mean = rates.mean(0) if idea.arithmetic else rates.log().mean(0).exp()
@@ -704,6 +713,9 @@ class Tuner:
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
+        if part < 1 and rises > 0:
+            ceiling = max(idea.warmup, 1 / rises) * self.v.sqrt() if idea.warmup < math.inf else torch.inf
+            self.r = torch.minimum(self.r, self.start / self.n * (ceiling - self.m))
         rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * self.start / self.n)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), rising)
         scale = self.s.sum(-1)

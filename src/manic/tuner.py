@@ -16,6 +16,7 @@ The rule ``manic``, the default, finds where to start from the data, and bets fo
     s_{t+1} = min(3 s_t, κ s_init)        until an h is not 0  (8')
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
+    W_t ≤ max(81, 1/(f_t - F_{t-1})) s_init sqrt(v_t) / n   (5') while f_t < 1 rises: a ceiling of s in a warmup
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
     Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; not 81 if E > 243; then every 9 steps
 
@@ -92,6 +93,9 @@ without it (``docs/tried.md``):
   A long Δ sees further through noise; a short one sees sooner that the first scale was too large. After step 32 the
   longer one is better, if E says that no row comes twice while the scale is learned. Where rows may come again, it
   takes what a net learns by heart for progress: so there Δ starts again once more, at 81.
+- *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: bets
+  make up for it, s rises by as much as f is low, and is too high when f is not. So until then s is at most as many
+  s_init as the warmup has steps, but 81 at least. What is earned above it is gone, else s would leap in the end.
 - *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
   the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
   valley, s stays too low. With α = 0 nothing holds s back where it is too high. The bound of the paper is for α = 1,
@@ -145,6 +149,7 @@ BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 27  # κ: the scale of the first bet, in s_init
 TRIPLES = 3  # times s, at most, in each step before it
+WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
 LEARNS = 3**5  # T, at most
@@ -451,7 +456,7 @@ def update(
 
 
 def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tensor, config: TunerConfig) -> TunerState:
-    """(2) to (6), F and G."""
+    """(2) to (6) with what takes their place, F and G."""
     s, r, m, v, start, *_ = state
     peak, bet = torch.maximum(state.peak, f), h
     if config.rule == "manic":
@@ -472,6 +477,9 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tenso
     v = betas**2 * v + h**2  # (3)
     r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
     won = r.clamp(min=0)
+    if config.rule == "manic":
+        ceiling = start * (1 / (f - state.peak)).clamp(min=WARMUP)
+        won = torch.where((f < 1) & (f > state.peak), torch.minimum(won, ceiling * v.sqrt() - start * m), won)  # (5')
     if config.rule != "optax":
         r = won  # (4)
     wealth = start * m + won  # (5)

@@ -266,7 +266,6 @@ def at(*steps: int) -> Idea:
 IDEAS = {
     "the default": Idea(),
     "… a warmup is made up for": MADE_UP,
-    "… at most 9 s_init in a warmup": Idea(warmup=9.0),
     "… at most 27 s_init in a warmup": Idea(warmup=27.0),
     "… s_init is 1e-8": Idea(s_init=1e-8),
     "… the first scale is s_init": Idea(stake=1.0),

@@ -40,7 +40,7 @@ class Mechanic:
             1e-2 for the published ones.
         s_init: start of the tuner's wealth, an underestimate of the effective learning rate over ``internal_lr`` (where
             that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which
-            moves the parameters by 3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
+            moves the parameters by 0.3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.

@@ -95,7 +95,7 @@ without it (``docs/tried.md``):
   takes what a net learns by heart for progress: so there Δ starts again once more, at 81.
 - *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: bets
   make up for it, s rises by as much as f is low, and is too high when f is not. So until then s is at most as many
-  s_init as the warmup has steps, but 81 at least. What is earned above it is gone, else s would leap in the end.
+  s_init as a warmup of this slope has steps, or 81. What is earned above it is gone, else s would leap in the end.
 - *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
   the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
   valley, s stays too low. With α = 0 nothing holds s back where it is too high. The bound of the paper is for α = 1,

@@ -603,6 +603,28 @@ def test_other_options_than_the_saved_ones_are_said_to_be_replaced() -> None:
     assert other.mechanic.state_dict()["config"]["steps_per_epoch"] == 20
 
 
+def test_where_that_is_an_error_nothing_is_loaded() -> None:
+    model = make_net()
+    saved = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
+    other = mechanize(torch.optim.AdamW, max_scale=0.5)(model.parameters(), lr=0.1)
+    for optimizer, steps in ((saved, 20), (other, 3)):
+        for step in range(steps):
+            backward(model, step)
+            optimizer.step()
+    before = other.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"given max_scale=0\.5"):
+            other.load_state_dict(saved.state_dict())
+    assert_same_bits(other.state_dict(), before)
+
+
+def test_a_part_of_a_drop_in_loads_nothing_alone() -> None:
+    optimizer = mechanize(torch.optim.AdamW)(make_net().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="state dict of the optimizer itself"):
+        optimizer.mechanic.load_state_dict(optimizer.mechanic.state_dict())
+
+
 @pytest.mark.parametrize("form", ["two objects", "drop-in"])
 def test_passes_over_the_data_are_counted_on(form: str) -> None:
     case = form, "sgd_nesterov", "cosine_warmup", True

@@ -410,7 +410,12 @@ class Mechanic:
 
         Raises:
             ValueError: it is not the state of a Mechanic; nothing was changed.
+            TypeError: this is the ``mechanic`` of a mechanized optimizer, which saves and loads all.
         """
+        self.updater._check_separate()
+        self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         config = self._check_state(state_dict)
         saved = asdict(config)
         given = {name: value for name, value in _options(self._config).items() if value != saved[name]}

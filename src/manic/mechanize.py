@@ -224,7 +224,7 @@ class _Mechanized(Optimizer):
         with undone_on_error(self), held_hooks(self, "_optimizer_load_state_dict_pre_hooks"):
             super().load_state_dict(base)
             keep_dtypes(self, base, mechanic["dtypes"])
-        self.mechanic.load_state_dict(mechanic)
+            self.mechanic._load(mechanic)  # first warns of other options, which may be an error
         self.updater._load_tuning(
             mechanic["scale"], mechanic["unit"], mechanic["rates"], mechanic["taken"], displacement
         )

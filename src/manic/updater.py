@@ -642,8 +642,8 @@ class Updater:
     def _check_separate(self) -> None:
         if hasattr(self.base_optimizer, "covered_class"):
             raise TypeError(
-                "This is the updater of a mechanized optimizer; expected one of Updater(optimizer). Save and load the "
-                "state dict of the optimizer itself: the tuner's is in it."
+                "This is a part of a mechanized optimizer; expected one of Updater(optimizer) and Mechanic. Save and "
+                "load the state dict of the optimizer itself: the tuner's is in it."
             )
 
     def _note_load(self, part: str, moved: bool) -> None:

@@ -61,9 +61,11 @@ def gpt(*, as_gpt2: bool = False) -> Task:
     def make() -> nn.Module:
         model = char_lm.GPT(width=128, layers=4, context=CONTEXT)
         if as_gpt2:
-            for name, parameter in model.named_parameters():
-                if "norm" not in name:
-                    (nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.zeros_(parameter))
+            for parameter in [parameter for name, parameter in model.named_parameters() if "norm" not in name]:
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.02)
+                else:
+                    nn.init.zeros_(parameter)
             model.head.weight = model.token.weight
         return model
 

@@ -113,6 +113,7 @@ class Oracle:
             self.s_init = self.s_init and held * self.s_init
         warming = self.rule == "manic" and before < factor < 1
         ceiling = max(81, 1 / (factor - before)) if warming else 0.0
+        start = (self.s_init or 0.0) / len(self.betas)
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])
@@ -127,11 +128,11 @@ class Oracle:
                 self.m[i] = max(beta * self.m[i], h if self.rule == "paper" else abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * h)
             self.v[i] = beta**2 * self.v[i] + h**2
-            most = (self.s_init or 0.0) / len(self.betas) * (ceiling * math.sqrt(self.v[i]) - self.m[i])
+            most = start * (ceiling * math.sqrt(self.v[i]) - self.m[i])
             self.r[i] = min(self.r[i], most) if warming else self.r[i]
-            wealth = (self.s_init or 0.0) * self.m[i] / len(self.betas) + max(0.0, self.r[i])
+            wealth = start * self.m[i] + max(0.0, self.r[i])
             if self.rule != "manic":
                 self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
             else:
-                rising = min(3 * self.s[i], 27 * (self.s_init or 0.0) / len(self.betas))
+                rising = min(3 * self.s[i], 27 * start)
                 self.s[i] = wealth / math.sqrt(self.v[i]) if self.v[i] > 0 else rising

@@ -126,17 +126,6 @@ def test_a_warmup_stays_one(steps: int, ceiling: float, made_up_for: bool, monke
     assert after < 2 * highest
 
 
-def test_but_a_low_rate_that_stays_is_none() -> None:
-    noise = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-
-    def product(step: int) -> float:
-        return noise[step - 1] - 1
-
-    constant, low = scales_of(100, product), scales_of(100, product, lambda _: 0.1)
-    assert low == constant
-    assert max(constant) > 81
-
-
 def steep(step: int) -> float:
     """A thousand times as high after 100 steps, and so on."""
     return 1 + 999 * (1 - abs(step % 200 - 100) / 100)
@@ -173,13 +162,14 @@ def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
 
 
 def test_before_the_search_is_over_the_scale_falls_as_the_schedule_rises_above_one() -> None:
-    """And not while it rises to one."""
+    """And not while it rises to one, nor is a low rate that stays a warmup."""
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
 
     def jump(step: int) -> float:
         return 0.5 if step <= 50 else 1.0 if step <= 100 else 10.0
 
     constant, rising = (scales_of(200, lambda step: noise[step - 1] - 1, factor) for factor in (lambda _: 1.0, jump))
+    assert max(constant[:50]) > tuner.WARMUP
     assert rising[:100] == constant[:100]
     assert rising[100:] == pytest.approx([scale / 10 for scale in constant[100:]])
 

@@ -712,8 +712,8 @@ class Tuner:
         self.m = torch.maximum(self.betas * self.m, h.abs())
         self.v = self.betas**2 * self.v + h**2
         self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
-        if part < 1 and rises > 0:
-            ceiling = max(idea.warmup, 1 / rises) * self.v.sqrt() if idea.warmup < math.inf else torch.inf
+        if part < 1 and rises > 0 and idea.warmup < math.inf:
+            ceiling = max(idea.warmup, 1 / rises) * self.v.sqrt()
             self.r = torch.minimum(self.r, self.start / self.n * (ceiling - self.m))
         rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * self.start / self.n)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), rising)

@@ -475,19 +475,20 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tenso
     else:
         m = torch.maximum(betas * m, h.abs())  # (2)
     v = betas**2 * v + h**2  # (3)
+    root = v.sqrt()
     r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
     won = r.clamp(min=0)
     if config.rule == "manic":
         ceiling = start * (1 / (f - state.peak)).clamp(min=WARMUP)
-        won = torch.where((f < 1) & (f > state.peak), torch.minimum(won, ceiling * v.sqrt() - start * m), won)  # (5')
+        won = torch.where((f < 1) & (f > state.peak), torch.minimum(won, ceiling * root - start * m), won)  # (5')
     if config.rule != "optax":
         r = won  # (4)
     wealth = start * m + won  # (5)
     if config.rule == "manic":
         rising = torch.minimum(TRIPLES * s, FIRST_STAKE * start)  # (8')
-        s = torch.where(v > 0, wealth / v.sqrt(), rising)  # (6)
+        s = torch.where(v > 0, wealth / root, rising)  # (6)
     else:
-        s = wealth / (v.sqrt() + config.eps)  # (6)
+        s = wealth / (root + config.eps)  # (6)
     return state._replace(
         scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
     )

@@ -29,7 +29,7 @@ class Oracle:
     ) -> None:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
-        self.steps_per_epoch, self.held_out = steps_per_epoch, held_out
+        self.steps_per_epoch, self.held_out, self.watches = steps_per_epoch, held_out, s_init is None
         self.learns = 243 if steps_per_epoch is None or held_out else round(min(max(81, 12 * steps_per_epoch), 243))
         self.reference = list(x)
         self.delta = [0.0] * len(x)
@@ -59,10 +59,15 @@ class Oracle:
         scale = sum(self.s)
         if g is not None:
             self._tune(x, g, factor)
-        if self.s_init is None:
-            size = max(math.sqrt(dot(x, x)), 1e-3 * math.sqrt(len(x)))
-            self.s_init = 1e-3 * size / (math.sqrt(dot(u, u)) / min(factor, 1.0))
-            self.s = [3 * self.s_init / len(self.betas)] * len(self.betas)
+        if self.s_init is None or (self.watches and self.steps < 8):
+            counts = [(xi, ui) for xi, gi, ui in zip(x, g or x, u, strict=True) if gi != 0 and ui != 0]
+            moved, step = ([pair[i] for pair in counts] for i in range(2))
+            size = max(math.sqrt(dot(moved, moved)), 1e-3 * math.sqrt(len(counts)))
+            longest = size / (math.sqrt(dot(step, step)) / min(factor, 1.0))
+            if self.s_init is None or sum(self.s) > longest:
+                self.s_init = 1e-3 * longest
+                self.s = [3 * self.s_init / len(self.betas)] * len(self.betas)
+                self.r, self.m, self.v = ([0.0] * len(self.betas) for _ in range(3))
         before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
         if self.rule != "manic":

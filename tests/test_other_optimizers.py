@@ -183,7 +183,7 @@ def test_the_tables_say_what_works(package: str) -> None:
 def test_hand_off_refuses_those_that_would_not_go_on_as_before(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their five steps would differ by more than half. Of those that find their own rate nothing is said."""
     kinds = classes(load(package))
-    works = {name for name in names(tables(package)[0]) if "DAdapt" not in name}
+    works = {name for name in names(tables(package)[0]) if not name.startswith(("DAdapt", "Prodigy"))}
     if package == "torch.optim":
         works.remove("Adafactor")  # refused for another reason
     listed = works & rates.NOT_IN_PROPORTION

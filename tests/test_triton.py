@@ -23,6 +23,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from manic import Mechanic, Updater, mechanize
 from manic.kernels import in_tables, plain
+from manic.tuner import WATCHED
 
 pytest.importorskip("triton", minversion="3.2")
 from manic.kernels import fused
@@ -404,7 +405,7 @@ def test_whatever_the_default_device(
         params = parameters(torch.float64, gaps=False)
         updater = Updater(AdamW(params, lr=1.0, fused=fused_base))
         mechanic = Mechanic(updater)
-        for step in range(4):
+        for step in range(WATCHED + 2):
             for p in params:
                 p.grad = p.detach().clone()
             with torch.device(device if step > 1 else DEVICE):  # AdamW sets up its state there
@@ -420,9 +421,9 @@ def test_whatever_the_default_device(
 
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_the_default_rule(store_delta: bool, monkeypatch: pytest.MonkeyPatch, one_pass_steps: list[int]) -> None:
-    """It finds its s_init from the base's first step, which is a step of its own then, and re-centres."""
-    start, expected, _ = train("plain", AdamW, monkeypatch, s_init=None, store_delta=store_delta)
-    _, got, _ = train("fused", AdamW, monkeypatch, s_init=None, store_delta=store_delta)
+    """It looks at the base's first steps, which are steps of their own then, and re-centres."""
+    start, expected, _ = train("plain", AdamW, monkeypatch, steps=WATCHED + 2, s_init=None, store_delta=store_delta)
+    _, got, _ = train("fused", AdamW, monkeypatch, steps=WATCHED + 2, s_init=None, store_delta=store_delta)
     assert one_pass_steps
     assert relative_difference(expected, start) > 1e-5
     assert relative_difference(got, expected) < 1e-12

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from train import FOR_IDEAS, PLAIN, SCHEDULES, Stack, base_step, factor, held_out, is_check, mean
 
 from manic import tuner
+from manic.kernels.plain import counted
 from manic.mechanic import ALWAYS
 from manic.tuner import BETAS
 
@@ -70,6 +71,7 @@ class Idea:
         triples: times the scale, at most, in each step before it; infinite: it is the first scale.
         warmup: while the schedule's factor rises below 1, the scale stays below this, or the warmup's steps, in s_init.
         by_factor: divide the first update by the schedule's factor.
+        counted: (8) leaves out elements that have no gradient, or do not move.
         recentre: when x_ref moves: until T after the steps of `turns` (``"listed"``), ``"never"``, ``"growing"`` from
             step `first` on, or ``"every"`` `first` steps.
         turns: the steps that are listed.
@@ -155,6 +157,7 @@ class Idea:
     triples: float = tuner.TRIPLES
     warmup: float = tuner.WARMUP
     by_factor: bool = True
+    counted: bool = True
     recentre: str = "listed"
     turns: tuple[int, ...] = EARLY
     lasting: bool = False
@@ -265,6 +268,7 @@ def at(*steps: int) -> Idea:
 
 IDEAS = {
     "the default": Idea(),
+    "… all elements count for s_init": Idea(counted=False),
     "… a warmup is made up for": MADE_UP,
     "… at most 27 s_init in a warmup": Idea(warmup=27.0),
     "… s_init is 1e-8": Idea(s_init=1e-8),
@@ -288,6 +292,8 @@ IDEAS = {
     "… losses count half up to step 81": Idea(losses=0.5, lost_until=81),
     "… ρ = 2e-3": Idea(share=2e-3, stake=13.5),
     "… ρ = 3e-3": Idea(share=3e-3, stake=9.0),
+    "… ρ = 0.7e-3, κ = 27": Idea(share=0.7e-3),
+    "… ρ = 2e-3, κ = 27": Idea(share=2e-3),
     "… ρ = 3e-3, half of Δ is left at 81": Idea(share=3e-3, stake=9.0, left=0.5),
     "… ρ = 3e-3, Δ does not start again at 81": Idea(share=3e-3, stake=9.0, turns=EARLY[:-1]),
     "… Δ never starts again": Idea(recentre="never"),
@@ -347,12 +353,15 @@ IDEAS = {
     "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
     "the default, given the epoch": TOLD_NOW,
+    "… all elements count for s_init, given the epoch": replace(TOLD_NOW, counted=False),
     "… a warmup is made up for, given the epoch": replace(TOLD_NOW, warmup=math.inf),
     "… the first scale at once, 30 s_init, given the epoch": replace(
         TOLD_NOW, stake=30.0, triples=math.inf, warmup=math.inf
     ),
     "… half of Δ is left at 81, given the epoch": replace(TOLD_NOW, left=0.5),
     "… ρ = 2e-3, given the epoch": replace(TOLD_NOW, share=2e-3, stake=13.5),
+    "… ρ = 0.7e-3, κ = 27, given the epoch": replace(TOLD_NOW, share=0.7e-3),
+    "… ρ = 2e-3, κ = 27, given the epoch": replace(TOLD_NOW, share=2e-3),
     "… ρ = 3e-3, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0),
     "… ρ = 3e-3, half of Δ is left at 81, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0, left=0.5),
     "… Δ does not start again at 81, given the epoch": replace(TOLD_NOW, turns=EARLY[:-1], lasting=False),
@@ -650,6 +659,11 @@ class Tuner:
         """A number for every group, at every element."""
         return scale[:, self.group].repeat_interleave(self.counts, -1)
 
+    def counted(self, u: Tensor, g: Tensor) -> Tensor:
+        """1 where an element counts for s_init, 0 elsewhere, see `manic.kernels.plain.counted`."""
+        parts = zip(*(tensor.split(self.counts.tolist(), -1) for tensor in (u, g)), strict=True)
+        return torch.cat([counted(u, g, g.any(-1, keepdim=True)).to(u) for u, g in parts], -1)
+
     def step(self, delta: Tensor, g: Tensor, x: Tensor, u: Tensor, part: float) -> Tensor:
         """The next scale at every element, from Δ, g and x before a base step, what that adds, and the factor."""
         idea = self.idea
@@ -668,10 +682,10 @@ class Tuner:
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
         if not self.highest:
             if idea.s_init is None:
-                ones = torch.ones_like(x)
-                size = torch.maximum(self.product(x, x), tuner.LEAST_SIZE**2 * self.product(ones, ones)).sqrt()
-                moved = self.product(u, u).sqrt() / (part if idea.by_factor else 1.0)
-                self.start = (idea.share * size / moved).unsqueeze(-1)
+                counts = self.counted(u, g) if idea.counted else torch.ones_like(x)
+                size = torch.maximum(self.product(x, x * counts), tuner.LEAST_SIZE**2 * self.product(counts, counts))
+                moved = self.product(u, u * counts).sqrt() / (part if idea.by_factor else 1.0)
+                self.start = (idea.share * size.sqrt() / moved).unsqueeze(-1)
             self.s = (min(idea.triples, idea.stake) * self.start / self.n).expand_as(self.s)
         return self.spread(self.update(h, part))
 

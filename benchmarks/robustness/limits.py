@@ -41,8 +41,18 @@ ROWS: dict[str, tuple[Build, int]] = {
     "Prodigy (finds its own rate)": (lambda p, lr: pytorch_optimizer.Prodigy(p, lr=lr), 500),
     "Rprop (its step sizes are its own)": (lambda p, lr: torch.optim.Rprop(p, lr=lr), 500),
     "Adadelta": (lambda p, lr: torch.optim.Adadelta(p, lr=lr), 500),
+    "RAdam": (lambda p, lr: torch.optim.RAdam(p, lr=lr), 500),
+    "RAdam, a loss in thousandths": (lambda p, lr: torch.optim.RAdam(in_thousandths(p), lr=lr), 500),
     "Muon for matrices, AdamW for the rest": (lambda p, lr: pytorch_optimizer.Muon(muon_groups(p, lr)), 500),
 }
+
+
+def in_thousandths(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters whose gradients are a thousandth of what they were."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: gradient / 1000)
+    return parameters
 
 
 def muon_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from manic.distributed import Reduction, local, local_gradient, local_part, spread, version
 from manic.kernels import choose, in_tables, one_pass, plain
 from manic.kernels.compiled import FEW, alias
-from manic.kernels.plain import point, wide
+from manic.kernels.plain import counted, point, wide
 from manic.tuner import Sums
 
 PACK = 1 << 16  # elements: smaller parameters share a part, which costs less than passes of their own
@@ -161,6 +161,29 @@ class Slot:
             return gradient if gradient.dim() == 1 else gradient.as_strided((gradient.numel(),), (1,))  # quicker
         return self._flat(gradient)
 
+    def first_sizes(self, start: Tensor | None, scale: Tensor) -> Tensor:
+        """‖x‖² before a base step, ‖u‖² and the number of elements, shape (3,), of those that count, see `counted`.
+
+        Args:
+            start: x before the step; ``None`` if Δ is stored.
+            scale: as `point` takes it.
+        """
+        gradient = self.gradient()
+        reached = None if gradient is None else (gradient != 0).any()
+        sizes = scale.new_zeros(3)
+        columns = ([column] for column in (self.x(), gradient, self.reference, self.delta, start))
+        for x, g, reference, delta, then in plain.blocks(*columns):
+            if delta is None:
+                before = plain.fetch(then, x)
+            else:
+                before = point(plain.fetch(reference, x), plain.fetch(delta, x), scale).to(x.dtype)
+            before = before.to(reference.dtype)
+            u = x - before
+            counts = counted(u, g, reached)
+            norms = [torch.linalg.vector_norm(part.where(counts, 0), dtype=sizes.dtype) for part in (before, u)]
+            sizes += torch.stack([*(norm**2 for norm in norms), counts.sum()])
+        return sizes
+
     def is_dense(self) -> bool:
         """Whether the parameter's elements lie side by side in memory."""
         x = self.x()
@@ -212,12 +235,13 @@ class Part:
         slots: of parameters on one device, of one dtype.
 
     Attributes:
+        slots: these.
         reference: x_ref, 1-d.
         delta: Δ, 1-d, or ``None``.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
-        self._slots = slots
+        self.slots: list[Slot] = slots
         self._flat = [alias(slot.x()) for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
@@ -237,9 +261,9 @@ class Part:
 
     def values(self) -> Tensor:
         """The parameters: the memory of the only one where it has no gaps, else gathered."""
-        if len(self._slots) == 1:
-            return self._flat[0] if self._is_view[0] else self._slots[0].x()
-        parts = zip(self._flat, self._is_view, self._slots, strict=True)
+        if len(self.slots) == 1:
+            return self._flat[0] if self._is_view[0] else self.slots[0].x()
+        parts = zip(self._flat, self._is_view, self.slots, strict=True)
         return torch.cat([part if view else slot.x() for part, view, slot in parts])
 
     def backup(self) -> Tensor:
@@ -255,9 +279,9 @@ class Part:
 
     def gradient(self) -> Tensor | None:
         """Their gradients, zero where there is none; ``None`` if there is none at all."""
-        if len(self._slots) == 1:
-            return self._slots[0].gradient()
-        gradients = [slot.gradient() for slot in self._slots]
+        if len(self.slots) == 1:
+            return self.slots[0].gradient()
+        gradients = [slot.gradient() for slot in self.slots]
         if all(gradient is None for gradient in gradients):
             return None
         pairs = zip(gradients, self._flat, strict=True)
@@ -268,14 +292,13 @@ class Part:
         if x is not self._flat[0]:
             parts = x.split_with_sizes(self._sizes)
             torch._foreach_copy_(self._flat, parts)  # type: ignore
-            for part, view, slot in zip(parts, self._is_view, self._slots, strict=True):
+            for part, view, slot in zip(parts, self._is_view, self.slots, strict=True):
                 if not view:
                     slot.write(part)
 
-    def restore(self, backup: Tensor) -> None:
-        """Write a `backup` to the parameters, also to those that a base step has left in other memory."""
-        for part, slot in zip(backup.split(self._sizes), self._slots, strict=True):
-            slot.write(part)
+    def split(self, backup: Tensor) -> tuple[Tensor, ...]:
+        """What a `backup` has of every slot."""
+        return backup.split(self._sizes)
 
 
 class Bucket:
@@ -288,11 +311,13 @@ class Bucket:
         total: how many elements there are on that device, for the choice of kernels.
 
     Attributes:
+        slots: those of the parts.
         kernels: the module with the passes for these tensors.
     """
 
     def __init__(self, parts: list[Part], device: torch.device, share: float, total: int) -> None:
         self._parts = parts
+        self.slots: list[Slot] = [slot for part in parts for slot in part.slots]
         self.device: torch.device = device
         self.share = share
         self._references = [part.reference for part in parts]
@@ -311,18 +336,13 @@ class Bucket:
     def forget(self) -> None:
         """Note that others have changed parameters, which makes no difference here."""
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """x and x_ref, 1-d."""
-        return list(zip(self._values(), self._references, strict=True))
-
     def backup(self) -> list[Tensor]:
         """Copies of the parameters."""
         return [part.backup() for part in self._parts]
 
-    def restore(self, backup: list[Tensor]) -> None:
-        """Set the parameters to a `backup`."""
-        for part, x in zip(self._parts, backup, strict=True):
-            part.restore(x)
+    def split(self, backup: list[Tensor]) -> list[Tensor]:
+        """What a `backup` has of every slot."""
+        return [x for part, whole in zip(self._parts, backup, strict=True) for x in part.split(whole)]
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
@@ -343,13 +363,14 @@ class Batch:
         share: the weight of this rank's sums over them, see `Reduction`.
 
     Attributes:
+        slots: these.
         table: where the tensors are.
     """
 
     def __init__(self, slots: list[Slot], share: float) -> None:
         from manic.kernels.triton import Table
 
-        self._slots = slots
+        self.slots: list[Slot] = slots
         self.device: torch.device = slots[0].reference.device
         self.share = share
         deltas = [slot.delta for slot in slots if slot.delta is not None]
@@ -359,7 +380,7 @@ class Batch:
     def gradients(self) -> list[Tensor | None]:
         """Their gradients, in memory of the order of the parameters'."""
         gradients: list[Tensor | None] = []
-        for slot in self._slots:
+        for slot in self.slots:
             gradient = local_gradient(slot.parameter)
             if gradient is not None and (gradient.layout != torch.strided or gradient.stride() != slot.strides):
                 gradient = slot.gradient()
@@ -375,18 +396,13 @@ class Batch:
         """Note that others have changed parameters: the sums with x that the last move has left are out of date."""
         self.table.carried = False
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """x and x_ref, 1-d."""
-        return [(slot.x(), slot.reference) for slot in self._slots]
-
     def backup(self) -> list[Tensor]:
         """A copy of the parameters."""
         return [self.table.copy()]
 
-    def restore(self, backup: list[Tensor]) -> None:
-        """Set the parameters to a `backup`."""
-        for slot, x in zip(self._slots, self.table.parts(backup[0]), strict=True):
-            slot.write(x)
+    def split(self, backup: list[Tensor]) -> list[Tensor]:
+        """What a `backup` has of every slot."""
+        return self.table.parts(backup[0])
 
     def move(self, before: list[Tensor] | None, weights: Tensor, finite: Tensor | None, restart: bool | Tensor) -> None:
         """See `Displacement.move`, and `kernels.plain` for the weights."""
@@ -401,7 +417,7 @@ class Batch:
         if rule is None:
             return None
         if self._one_pass is None:
-            self._one_pass = OnePass(self.table, [slot.parameter for slot in self._slots])
+            self._one_pass = OnePass(self.table, [slot.parameter for slot in self.slots])
         one_pass, gradients = self._one_pass, self.gradients()
         if not one_pass.prepare(optimizer, rule, gradients):
             return None
@@ -535,7 +551,8 @@ class Displacement:
                 slot.write(point(slot.reference, slot.delta, (self.rescaled * scale).to(slot.reference.device)))
         for i, bucket in enumerate(self._buckets):
             if before is not None:
-                bucket.restore(before[i])
+                for slot, x in zip(bucket.slots, bucket.split(before[i]), strict=True):
+                    slot.write(x)
             bucket.forget()
         self._stamp()
 
@@ -622,17 +639,21 @@ class Displacement:
 
         return step if plans else None
 
-    def first_sizes(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """‖x_ref‖², ‖x - x_ref‖² and the number of elements, over all ranks, 0-d; for the first steps of a run."""
+    def first_sizes(self, before: list[list[Tensor]] | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖x‖² before a base step, ‖u‖² and the number of elements, over all ranks, 0-d; for the first steps of a run.
+
+        Args:
+            before: from `backup`.
+            scale: the scale in force, 0-d.
+        """
         assert self._reduction is not None
-        squares, count = like.new_zeros(2), 0.0
-        for bucket in self._buckets:
-            for x, reference in plain.blocks(*zip(*bucket.pairs(), strict=True)):
-                before = plain.fetch(reference, x)
-                norms = [torch.linalg.vector_norm(part, dtype=like.dtype) for part in (before, x - before)]
-                squares.add_(torch.stack(norms).square().to(like), alpha=bucket.share)
-                count += bucket.share * x.numel()
-        return self._reduction(torch.cat([squares, squares.new_full((1,), count)])).unbind()  # type: ignore
+        total = scale.new_zeros(3)
+        for i, bucket in enumerate(self._buckets):
+            old = (self.rescaled * scale).to(bucket.device)
+            starts = itertools.repeat(None) if before is None else bucket.split(before[i])
+            for slot, start in zip(bucket.slots, starts, strict=False):
+                total.add_(slot.first_sizes(start, old).to(total), alpha=bucket.share)
+        return self._reduction(total).unbind()  # type: ignore
 
     def state(self, parameters: list[Tensor], scale: Tensor) -> dict[int, dict[str, Tensor]]:
         """Copies of x_ref (``"reference"``) and Δ (``"delta"``), of each parameter's shape, by its place.

@@ -349,14 +349,14 @@ class Mechanic:
         return sums._replace(delta_grad=nothing, delta_param=nothing)
 
     def _seeks(self, step: int) -> bool:
-        """Whether to look at the update of a step, counted from 1, for s_init, which is not known yet.
+        """Whether to look at the update of a step, counted from 1: in the first ones, and until s_init is known.
 
-        An accelerator is not asked whether it is known: there, after steps 1, 2, 4, 8, …
+        An accelerator is not asked whether it is known: there, after steps 16, 32, 64, …
         """
         if self._config.s_init is not None or self._captured:
             return False
         taken = self.updater._steps  # if it was found at this very step, that was broken off
-        return self._found_at >= step and (self._betas.is_cpu or not taken & (taken + 1))
+        return taken < tuner.WATCHED or (self._found_at >= step and (self._betas.is_cpu or not taken & (taken + 1)))
 
     def _begin(
         self, config: TunerConfig, grad_square: Tensor, param_norm: Tensor, update_norm: Tensor, count: Tensor

@@ -14,6 +14,7 @@ The rule ``manic``, the default, finds where to start from the data, and bets fo
 
     s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = 3 s_init, and then
     s_{t+1} = min(3 s_t, κ s_init)        until an h is not 0  (8')
+    s_{t+1} ‖u_t / min(f_t, 1)‖ ≤ max(‖x_t‖, 1e-3 √N)     (8") up to step 8; else (8) again, and bets are forgotten
     h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
     r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
     W_t ≤ max(81, 1/(f_t - F_{t-1})) s_init sqrt(v_t) / n   (5') while f_t < 1 rises: a ceiling of s in a warmup
@@ -56,8 +57,8 @@ u       –                as x       the update: what a step of the base optimi
 e       ``seen``         (...)      how often the rows of a step were seen before, about: t/E - 1, or 0; 1 if not
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
-N       count            number     how many elements x has; in (14) those that take part, each times the square of its
-                                    group's rate, and N' is that of those that are not new
+N       count            number     how many elements x has, in (8) those that count; in (14) those that take part,
+                                    each times the square of its group's rate, and N' is that of those that are not new
 T       learning_steps   number     the steps that the tuner learns for: 243; if E is known 12E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
@@ -83,7 +84,9 @@ without it (``docs/tried.md``):
   the first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
 - *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
   most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. Weights
-  of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). The first
+  of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). Elements that
+  have no gradient yet, or are not moved, do not count, neither in x nor in u nor in N: of a large embedding, a batch
+  has few rows. But those of a tensor without any gradient do: a last layer of zeros hides them for a step. The first
   bet is that of step 4, as Δ starts again after steps 1 and 2, on κ = 27 times s_init. Three steps of that length, of
   which nothing is known, ruin some nets under SGD; so s triples up to there. If bets are lost, it falls to s_init.
 - *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
@@ -149,6 +152,7 @@ BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 FIRST_STAKE = 27  # κ: the scale of the first bet, in s_init
 TRIPLES = 3  # times s, at most, in each step before it
+WATCHED = 8  # steps in which u is looked at for (8")
 WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
@@ -305,14 +309,16 @@ def begin(
     count: Tensor,
     config: TunerConfig,
 ) -> TunerState:
-    """Find s_init, equation (8), if it is not known yet and there is an update to find it from.
+    """Find s_init, (8), if there is an update to find it from, and it is not known yet or s is too high for (8").
+
+    x, u and N are of the elements that count, see `manic.kernels.plain.counted`.
 
     Args:
-        state: before, or when s_init is not known just after, `update`.
+        state: just after `update`, of a step up to `WATCHED`, or before s_init is known.
         grad_square: ‖g_t‖², of shape (...). Where it is 0, u_t is weight decay alone, and its size says nothing of s.
         param_norm: ‖x_t‖, of the same shape.
         update_norm: ‖u_t / min(f_t, 1)‖, of the same shape.
-        count: N, the number of elements of x.
+        count: N.
         config: gives the cap.
 
     Example:
@@ -322,10 +328,13 @@ def begin(
         0.0025
     """
     size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
-    s_init = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
-    fresh = (state.start == 0) & s_init.isfinite() & (grad_square > 0).unsqueeze(-1)
-    start = torch.where(fresh, s_init / len(config.betas), state.start)
-    return state._replace(scales=torch.where(fresh, _capped(TRIPLES * start, config), state.scales), start=start)
+    longest = (size / update_norm).to(state.start).unsqueeze(-1)
+    unknown = (state.start == 0) | (state.scales.sum(-1, keepdim=True) > longest)
+    fresh = unknown & longest.isfinite() & (grad_square > 0).unsqueeze(-1)
+    start = torch.where(fresh, SHARE * longest / len(config.betas), state.start)
+    s = torch.where(fresh, _capped(TRIPLES * start, config), state.scales)
+    r, m, v = (bets.masked_fill(fresh, 0) for bets in (state.reward, state.max_product, state.sum_squares))
+    return state._replace(scales=s, reward=r, max_product=m, sum_squares=v, start=start)
 
 
 def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:

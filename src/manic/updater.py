@@ -390,7 +390,7 @@ class Updater:
         """Scale what the base step did."""
         self.displacement.check_memory()
         if self._begin is not None:
-            self._next_scale.copy_(torch.where(self._finite, self._begin(*self._first_sizes()), self._scale))
+            self._next_scale.copy_(torch.where(self._finite, self._begin(*self._first_sizes(before)), self._scale))
         self.displacement.move(before, self._scale, self._next_scale, finite, restart)
 
     def _take_back(self) -> None:
@@ -626,10 +626,10 @@ class Updater:
         """The schedule's factor f, 0-d."""
         return rates.factor(self.param_groups, self._nominal.of(self.param_groups), self._scale)
 
-    def _first_sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _first_sizes(self, before: Any) -> tuple[Tensor, Tensor, Tensor]:
         """‖x‖ before the base step just taken, ‖u‖ over the schedule's factor or 1, and the number of elements; 0-d."""
         factor = self._factor
-        param_square, update_square, count = self.displacement.first_sizes(self._scale)
+        param_square, update_square, count = self.displacement.first_sizes(before, self._scale)
         return param_square.sqrt(), update_square.sqrt() / torch.where(factor > 0, factor.clamp(max=1), 1), count
 
     def _check_open(self) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from manic import tuner
 from manic.functional.tree import Tree, alike, check_params, map_leaves, tree_where
-from manic.kernels.plain import kept, scale_dtype, wide
+from manic.kernels.plain import counted, kept, scale_dtype, wide
 from manic.tuner import Sums, TunerConfig, TunerState
 
 
@@ -144,7 +144,9 @@ def mechanize(
         seen = tuner.seen(steps.to(scale.dtype), constants.steps_per_epoch)
         tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, seen)
         if constants.s_init is None:
-            tuned = _begun(tuned, sums.grad_square, params, tentative, factor, constants)
+            begun = _begun(tuned, sums.grad_square, params, tentative, grads, factor, constants)
+            seeks = (tuned.start == 0) | (steps <= tuner.WATCHED)
+            tuned = TunerState(*(torch.where(seeks, *pair) for pair in zip(begun, tuned, strict=True)))
         next_scale = tuned.scales.sum(-1)
         restart = torch.zeros_like(steps, dtype=torch.bool) | tuner.restarts(steps, constants)
         new, final = constants.rescaled * next_scale, (1 - constants.rescaled) * next_scale
@@ -163,19 +165,19 @@ def mechanize(
 
 
 def _begun(
-    state: TunerState, grad_square: Tensor, before: Tree, after: Tree, factor: Tensor, config: TunerConfig
+    state: TunerState, grad_square: Tensor, before: Tree, after: Tree, grads: Tree, factor: Tensor, config: TunerConfig
 ) -> TunerState:
     """`tuner.begin`, from the parameters before and after a base step."""
     dtype = state.start.dtype
 
-    def squares(x: Tensor, moved: Tensor) -> Tensor:
-        x, moved = x.reshape(-1).to(dtype), moved.reshape(-1).to(dtype)
-        return torch.stack([x.square().sum(), (moved - x).square().sum()])
+    def sizes(x: Tensor, moved: Tensor, g: Tensor) -> Tensor:
+        x, moved = x.to(dtype), moved.to(dtype)
+        counts = counted(moved - x, g, (g != 0).any())
+        return torch.stack([*(part.where(counts, 0).square().sum() for part in (x, moved - x)), counts.sum().to(dtype)])
 
-    leaves = tree_leaves(tree_map(squares, before, after))
-    param_norm, update_norm = torch.stack(leaves).sum(0).sqrt().unbind()
-    count = torch.full((), sum(leaf.numel() for leaf in tree_leaves(before)), dtype=dtype, device=state.start.device)
-    return tuner.begin(state, grad_square, param_norm, update_norm / factor.clamp(max=1), count, config)
+    param_square, update_square, count = torch.stack(tree_leaves(tree_map(sizes, before, after, grads))).sum(0).unbind()
+    update_norm = update_square.sqrt() / factor.clamp(max=1)
+    return tuner.begin(state, grad_square, param_square.sqrt(), update_norm, count, config)
 
 
 def _sums(params: Tree, grads: Tree, delta: Tree, scale: Tensor) -> Sums:

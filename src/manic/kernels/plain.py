@@ -148,6 +148,19 @@ def kept(x: Tensor, reference: Tensor, delta: Tensor, scale: Tensor, rescaled: f
     return torch.where(same, reference, x - delta * scale), delta
 
 
+def counted(u: Tensor, g: Tensor | None, reached: Tensor | None) -> Tensor:
+    """Which elements count in equation (8) of `manic.tuner`: those that have a gradient, and that a step has moved.
+
+    Of a tensor that has no gradient yet all do: a last layer of zeros hides those before it for a step.
+
+    Args:
+        u: of a tensor, or of a block of one.
+        g: the gradient beside it, of u's shape; ``None`` if the base optimizer has taken it away.
+        reached: whether the tensor has a gradient that is not 0 anywhere, 0-d bool; ``None`` without g.
+    """
+    return u != 0 if g is None or reached is None else ((u != 0) & (g != 0)) | ~reached
+
+
 def fetch(kept: Tensor, x: Tensor) -> Tensor:
     """A tensor that may be kept in host memory, on the device of x: itself, or a copy."""
     return kept.to(x.device, non_blocking=True)

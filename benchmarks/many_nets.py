@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -233,23 +234,25 @@ def main() -> None:
     def loss(net: str, optimizer: str, by: float | str) -> float:
         return fmean(found[Run(net, optimizer, by, options.steps, seed)] for seed in seeds)
 
-    print("| | nets | " + " | ".join(f"{method}: median | worst | diverged" for method in methods) + " |")
-    print("|---|---|" + "---|---|---|" * len(methods))
-    for optimizer in options.optimizers:
-        best = {net: min(loss(net, optimizer, rate) for rate in rates[optimizer]) for net in options.nets}
-        cells = []
+    pairs = list(product(options.optimizers, options.nets))
+    best = {pair: min(loss(pair[1], pair[0], rate) for rate in rates[pair[0]]) for pair in pairs}
+    if options.each:
+        for (optimizer, net), method in product(pairs, methods):
+            lowest = best[optimizer, net]
+            print(f"{optimizer}, {method}, {net}: {lowest:.3g}, times {loss(net, optimizer, method) / lowest:.3g}")
+    print("| | nets | " + " | ".join(f"{method}: median | within 10 % | worst | diverged" for method in methods) + " |")
+    print("|---|---|" + "---|---|---|---|" * len(methods))
+    for name, chosen in [*((one, [one]) for one in options.optimizers), ("all", options.optimizers)]:
+        rows, cells = [pair for pair in pairs if pair[0] in chosen], []
         for method in methods:
-            ratios = {net: loss(net, optimizer, method) / best[net] for net in options.nets}
+            ratios = [loss(net, optimizer, method) / best[optimizer, net] for optimizer, net in rows]
+            within = sum(ratio <= 1.1 for ratio in ratios) / len(rows)
             diverged = sum(
                 math.isinf(found[Run(net, optimizer, method, options.steps, seed)])
-                for net in options.nets
-                for seed in seeds
+                for (optimizer, net), seed in product(rows, seeds)
             )
-            cells.append(f"{median(ratios.values()):.2f} | {max(ratios.values()):.3g} | {diverged}")
-            if options.each:
-                for net, ratio in ratios.items():
-                    print(f"{optimizer}, {method}, {net}: {best[net]:.3g}, times {ratio:.3g}")
-        print(f"| {optimizer} | {len(best)} | " + " | ".join(cells) + " |")
+            cells.append(f"{median(ratios):.2f} | {within:.0%} | {max(ratios):.3g} | {diverged}")
+        print(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class Idea:
         growth: of the number of steps between two such steps, if it is growing.
         kept: the share of r, m and √v that is kept then.
         restart: the scale becomes s_init then.
+        least: until T the scale is at least so many s_init, to the power of 1 - 2 z, which is between 0 and 1: z is the
+            sum of h over the root of that of h², so that noise leaves it there, and only what h says lowers it.
         clip: bets are clipped to ±m.
         losses: what bets that are lost count for, beside those that are won.
         lost: and that times this, a key of `OF_PASSES`: by the number of passes over the data so far.
@@ -167,6 +169,7 @@ class Idea:
     growth: float = 3.0
     kept: float = 1.0
     restart: bool = False
+    least: float = 0.0
     clip: bool = True
     losses: float = 1.0
     lost: str = ""
@@ -287,6 +290,9 @@ IDEAS = {
     "… losses count as in an epoch of 81 steps": replace(IN_20, lost_epoch=81.0),
     "… losses count as in an epoch of 20 steps, half of Δ is left at 81": replace(IN_20, left=0.5),
     "… losses count as in an epoch of 20 steps, Δ does not start again at 81": replace(IN_20, turns=EARLY[:-1]),
+    "… s_init at least": Idea(least=1.0),
+    "… 9 s_init at least, unless h says less": Idea(least=9.0),
+    "… 27 s_init at least, unless h says less": Idea(least=27.0),
     "… losses count half up to step 16": Idea(losses=0.5, lost_until=16),
     "… losses count half up to step 32": Idea(losses=0.5, lost_until=32),
     "… losses count half up to step 81": Idea(losses=0.5, lost_until=81),
@@ -359,6 +365,8 @@ IDEAS = {
         TOLD_NOW, stake=30.0, triples=math.inf, warmup=math.inf
     ),
     "… half of Δ is left at 81, given the epoch": replace(TOLD_NOW, left=0.5),
+    "… 9 s_init at least, unless h says less, given the epoch": replace(TOLD_NOW, least=9.0),
+    "… 27 s_init at least, unless h says less, given the epoch": replace(TOLD_NOW, least=27.0),
     "… ρ = 2e-3, given the epoch": replace(TOLD_NOW, share=2e-3, stake=13.5),
     "… ρ = 0.7e-3, κ = 27, given the epoch": replace(TOLD_NOW, share=0.7e-3),
     "… ρ = 2e-3, κ = 27, given the epoch": replace(TOLD_NOW, share=2e-3),
@@ -643,7 +651,7 @@ class Tuner:
         self.v: Tensor = self.scale.new_zeros(*self.scale.shape, self.n)
         self.s = self.r = self.m = self.v
         self.mean = self.mean_square = self.before = self.alike = self.square = torch.zeros_like(self.start)
-        self.gauge = self.late = self.most = self.before
+        self.gauge = self.late = self.most = self.said = self.weighed = self.before
         self.count = 0
         self.highest = self.peak = self.top = self.level = self.recent = 0.0
         self.largest, self.limit = self.scale, torch.full_like(self.scale, torch.inf)
@@ -731,6 +739,7 @@ class Tuner:
             self.r = torch.minimum(self.r, self.start / self.n * (ceiling - self.m))
         rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * self.start / self.n)
         self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), rising)
+        self.s = self.s * self.raised(h, bound) if idea.least else self.s
         scale = self.s.sum(-1)
         settled = part < idea.settle * self.highest or (self.count > 81 and e > idea.settles)
         limit = self.scale if settled else self.limit
@@ -741,6 +750,14 @@ class Tuner:
             rate = self.scale * (part if idea.mean_of == "rates" else 1.0)
             self.rates = [*self.rates, rate] if part > 0 else []
         return self.scale
+
+    def raised(self, h: Tensor, bound: Tensor | float) -> Tensor:
+        """What the scale is multiplied by, for the sake of `Idea.least`."""
+        clipped = torch.minimum(h.abs(), torch.as_tensor(bound)).mean(-1, True).copysign(h)
+        self.said, self.weighed = 0.999 * self.said + clipped, 0.999**2 * self.weighed + clipped**2
+        sure = (2 * self.said / self.weighed.sqrt()).clamp(0, 1)
+        floor = self.start * self.idea.least ** (1 - sure)
+        return torch.where(self.weighed > 0, (floor / self.s.sum(-1, True)).clamp(min=1), 1.0)
 
     def premium(self, part: float) -> Tensor:
         """π of (12)."""

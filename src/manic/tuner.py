@@ -89,6 +89,8 @@ without it (``docs/tried.md``):
   has few rows. But those of a tensor without any gradient do: a last layer of zeros hides them for a step. The first
   bet is that of step 4, as Δ starts again after steps 1 and 2, on κ = 27 times s_init. Three steps of that length, of
   which nothing is known, ruin some nets under SGD; so s triples up to there. If bets are lost, it falls to s_init.
+  If one of the first eight would move x by more than its norm (8"), updates have been of another kind up to there, as
+  those of RAdam are, of which the first five are as long as gradients. So the search starts again from that step.
 - *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
 - *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
   of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too

@@ -235,7 +235,7 @@ def main() -> None:
         return fmean(found[Run(net, optimizer, by, options.steps, seed)] for seed in seeds)
 
     pairs = list(product(options.optimizers, options.nets))
-    best = {pair: min(loss(pair[1], pair[0], rate) for rate in rates[pair[0]]) for pair in pairs}
+    best = {(optimizer, net): min(loss(net, optimizer, rate) for rate in rates[optimizer]) for optimizer, net in pairs}
     if options.each:
         for (optimizer, net), method in product(pairs, methods):
             lowest = best[optimizer, net]

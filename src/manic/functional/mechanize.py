@@ -145,8 +145,8 @@ def mechanize(
         tuned = tuner.update(state.tuner, h, state.betas, constants, learning, factor, seen)
         if constants.s_init is None:
             begun = _begun(tuned, sums.grad_square, params, tentative, grads, factor, constants)
-            seeks = (tuned.start == 0) | (steps <= tuner.WATCHED)
-            tuned = TunerState(*(torch.where(seeks, *pair) for pair in zip(begun, tuned, strict=True)))
+            seeks = (tuned.start.sum() == 0) | (steps <= tuner.WATCHED)
+            tuned = tree_where(seeks, begun, tuned)
         next_scale = tuned.scales.sum(-1)
         restart = torch.zeros_like(steps, dtype=torch.bool) | tuner.restarts(steps, constants)
         new, final = constants.rescaled * next_scale, (1 - constants.rescaled) * next_scale

@@ -314,6 +314,7 @@ class Table:
         for size in sizes:
             padded.append(padded[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         self._room = padded[-1]
+        self._stretches = [slice(place, place + size) for place, size in zip(padded, sizes, strict=False)]
         self.sizes: Tensor = upload(sizes, torch.int64, device)[1]
         self.chunks: Tensor = upload(chunks, torch.int64, device)[1]
         self.places: Tensor = upload(padded[:-1], torch.int64, device)[1]
@@ -356,8 +357,7 @@ class Table:
 
     def parts(self, copy: Tensor) -> list[Tensor]:
         """The tensors in a `copy`, 1-d."""
-        pairs = zip(self.places.tolist(), self.sizes.tolist(), strict=True)
-        return [copy[place : place + size] for place, size in pairs]
+        return [copy[stretch] for stretch in self._stretches]
 
     def flag(self, value: bool | Tensor) -> Tensor:
         """A bool as kernels read it; one that is on the device already stays there."""

@@ -20,17 +20,19 @@ class Oracle:
         x: list[float],
         rule: str,
         *,
-        betas: list[float],
+        betas: list[float] = [1.0],  # noqa: B006
         lam: float,
         s_init: float | None,
         eps: float,
         steps_per_epoch: float | None = None,
         held_out: bool = False,
     ) -> None:
+        betas = [1.0] if rule == "manic" else betas
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.steps_per_epoch, self.held_out, self.watches = steps_per_epoch, held_out, s_init is None
-        self.learns = 243 if steps_per_epoch is None or held_out else round(min(max(81, 12 * steps_per_epoch), 243))
+        self.learns = 162 if steps_per_epoch is None else round(min(max(81, 12 * steps_per_epoch), 243))
+        self.learns = 243 if held_out else self.learns
         self.reference = list(x)
         self.delta = [0.0] * len(x)
         self.s = [{"optax": s_init, "manic": s_init and s_init / n}.get(rule) or 0.0] * n
@@ -46,12 +48,12 @@ class Oracle:
         """More elements take part from the coming step on; their values come with it."""
         ratio = len(self.delta) / (len(self.delta) + count)
         self.delta, self.since, self.late = [0.0] * (len(self.delta) + count), self.steps, []
-        was = self.s[0] if self.steps > self.learns else 0.0
         self.s = [math.sqrt(ratio) * s / self.premium for s in self.s]
-        left = math.sqrt(ratio)
-        if was:  # else s is what the last bet left
-            left = self.s[0] * math.sqrt(self.v[0]) / (self.s_init * self.m[0] / len(self.betas) + self.r[0])
-        self.r, self.s_init = [left * r for r in self.r], self.s_init and left * self.s_init
+        if self.v[0] > 0:
+            self.s_init = self.s[0] / 9
+        elif self.s_init:
+            self.s_init *= math.sqrt(ratio)
+        self.r, self.v = [0.0], [0.0]
         self.noise, self.premium, self.peak = 0.0, 1.0, factor
 
     def step(self, x: list[float], g: list[float] | None, u: list[float], factor: float = 1.0) -> list[float]:
@@ -63,19 +65,17 @@ class Oracle:
             counts = [(xi, ui) for xi, gi, ui in zip(x, g or x, u, strict=True) if gi != 0 and ui != 0]
             moved, step = ([pair[i] for pair in counts] for i in range(2))
             size = max(math.sqrt(dot(moved, moved)), 1e-3 * math.sqrt(len(counts)))
-            longest = size / (math.sqrt(dot(step, step)) / min(factor, 1.0))
-            if self.s_init is None or sum(self.s) > longest:
-                self.s_init = 1e-3 * longest
-                self.s = [3 * self.s_init / len(self.betas)] * len(self.betas)
-                self.r, self.m, self.v = ([0.0] * len(self.betas) for _ in range(3))
+            found = 1e-3 * size / (math.sqrt(dot(step, step)) / min(factor, 1.0))
+            if self.s_init is None:
+                self.s_init, self.s = found, [3 * found]
+            elif found < self.s_init:
+                self.s_init, self.s = found, [s * found / self.s_init for s in self.s]
         before, self.delta = self.delta, [d + ui for d, ui in zip(self.delta, u, strict=True)]
         self.steps += 1
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
         late = self.steps - self.since - self.learns
-        new_rows = self.steps_per_epoch is not None and self.steps_per_epoch > 243 and not self.held_out
-        early = (1, 2, 4, 8, 16, 32) if new_rows else (1, 2, 4, 8, 16, 32, 81)
-        if self.steps - self.since in early or (late >= 0 and late % 9 == 0):
+        if self.steps - self.since in (1, 2, 4, 8, 27, 81) or (late >= 0 and late % 9 == 0):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
@@ -98,8 +98,7 @@ class Oracle:
             pairs = list(zip(weights, self.late, strict=True))
             usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
             if usual > 0:
-                uphill = seen is not None and self.last > 0 and last > 0
-                noise = self.last**2 / usual - (4 / 3 if uphill else 2) * min(self.last * last / usual, 9)
+                noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
                 if seen is not None:
                     noise *= seen if last else min(1.0, seen)
                 noise = max(0.0, self.noise + noise)
@@ -110,34 +109,31 @@ class Oracle:
             self.premium = rise if self.top else 1.0
             self.s = [s * fall * self.premium for s in self.s]
             return
-        seen = 0.0 if self.held_out else seen  # by bets
-        before, self.peak, self.top = self.peak, max(self.peak, factor), factor
         if self.rule == "manic":
+            before, self.peak, self.top = self.peak, max(self.peak, factor), factor
             held = max(before, 1.0) / max(self.peak, 1.0)
-            self.s, self.r = [held * s for s in self.s], [held * r for r in self.r]
             self.s_init = self.s_init and held * self.s_init
-        warming = self.rule == "manic" and before < factor < 1
-        ceiling = max(81, 1 / (factor - before)) if warming else 0.0
+            most = math.sqrt(self.v[0]) or math.inf
+            bet = min(max(h, -most), most)
+            self.v = [self.v[0] + bet * bet]
+            self.r = [self.r[0] - bet]
+            if before < factor < 1:
+                ceiling = max(81, 1 / (factor - before))
+                self.r = [min(self.r[0], math.sqrt(self.v[0]) * math.log(ceiling / 9))]
+            if self.v[0] > 0:
+                self.s = [9 * (self.s_init or 0.0) * math.exp(self.r[0] / math.sqrt(self.v[0]))]
+            else:
+                self.s = [min(3 * held * self.s[0], 9 * (self.s_init or 0.0))]
+            return
         start = (self.s_init or 0.0) / len(self.betas)
         for i, beta in enumerate(self.betas):
             if self.rule == "optax":
                 bet = min(max(h, -self.m[i]), self.m[i])
                 self.m[i] = max(beta * self.m[i], abs(h) + self.eps)
                 self.r[i] = beta * self.r[i] - self.s[i] * bet
-            elif self.rule == "manic":
-                bet = min(max(h, -self.m[i]), self.m[i]) if self.m[i] > 0 else h
-                self.m[i] = max(beta * self.m[i], abs(h))
-                counts = 1.0 if seen is None or bet < 0 else (1 + seen) / (2 + seen)
-                self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * bet * counts)
             else:
                 self.m[i] = max(beta * self.m[i], h if self.rule == "paper" else abs(h))
                 self.r[i] = max(0.0, beta * self.r[i] - self.s[i] * h)
             self.v[i] = beta**2 * self.v[i] + h**2
-            most = start * (ceiling * math.sqrt(self.v[i]) - self.m[i])
-            self.r[i] = min(self.r[i], most) if warming else self.r[i]
             wealth = start * self.m[i] + max(0.0, self.r[i])
-            if self.rule != "manic":
-                self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)
-            else:
-                rising = min(3 * self.s[i], 27 * start)
-                self.s[i] = wealth / math.sqrt(self.v[i]) if self.v[i] > 0 else rising
+            self.s[i] = wealth / (math.sqrt(self.v[i]) + self.eps)

@@ -159,7 +159,7 @@ def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule:
     updater = Updater(base, scheduler, store_delta=store_delta)
     mechanic = Mechanic(updater)
     plain, other, other_schedule = bowls()
-    oracle = Oracle([0.0] * 4, "manic", betas=list(BETAS), lam=0.0, s_init=None, eps=0.0)
+    oracle = Oracle([0.0] * 4, "manic", lam=0.0, s_init=None, eps=0.0)
     scales = []
     for step in range(at + 400):
         if step == at:

@@ -121,7 +121,7 @@ def test_a_warmup_that_is_longer_than_the_search() -> None:
 @pytest.mark.parametrize("steps_per_epoch", [5, 12.5, 100, 310.5])
 def test_rows_that_were_seen_before(steps_per_epoch: float, scheduler: str) -> None:
     known: dict[str, Any] = {"s_init": None, "steps_per_epoch": steps_per_epoch}
-    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, eps=0.0, **known)
+    oracle = Oracle(flat(make_net()).tolist(), "manic", lam=0.0, eps=0.0, **known)
     expected = drive("sgd_nesterov", scheduler, oracle.step, STEPS)
     parameters, scale = run_manic("sgd_nesterov", scheduler, store_delta=True, rule="manic", s_decay=0.0, **known)
     known["steps_per_epoch"] = None
@@ -137,7 +137,7 @@ def test_rows_that_were_seen_before(steps_per_epoch: float, scheduler: str) -> N
 def test_a_scale_learned_from_held_out_rows(store_delta: bool, steps_per_epoch: float | None, scheduler: str) -> None:
     """Which were not seen before, however long an epoch is; it counts once the scale is learned."""
     known: dict[str, Any] = {"s_init": None, "steps_per_epoch": steps_per_epoch}
-    oracle = Oracle(flat(make_net()).tolist(), "manic", betas=list(BETAS), lam=0.0, eps=0.0, held_out=True, **known)
+    oracle = Oracle(flat(make_net()).tolist(), "manic", lam=0.0, eps=0.0, held_out=True, **known)
     expected = drive("adamw", scheduler, oracle.step, STEPS, held_out=True)
     options: dict[str, Any] = {"store_delta": store_delta, "rule": "manic", "s_decay": 0.0, **known}
     parameters, scale = run_manic("adamw", scheduler, **options, held_out=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from manic.kernels.plain import wide
 
-STATE_VERSION = 14
+STATE_VERSION = 15
 KINDS = {numbers.Integral: "whole number", numbers.Real: "number", Tensor: "0-d tensor"}
 
 

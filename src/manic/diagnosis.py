@@ -6,8 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from manic.tuner import Sums, TunerState
+from manic.tuner import Sums
 from manic.warn import Once
 
 HELP = "https://github.com/dscamiss/manic/blob/main/docs/troubleshooting.md"
@@ -33,7 +34,7 @@ class Signs(NamedTuple):
     """What a check judges by.
 
     Attributes:
-        idle: the share of the window's bets that left all reward at 0; 0 if there were too few.
+        idle: the share of the window's steps that learned and found no hope; 0 if there were too few.
         growth: of the parameters' norm, beside its largest at the checks before; 0 if the gradient's fell to less than
             half in the window, for a run that runs away comes no closer to a minimum.
         turns: of the scale in the window, each after a change by a factor of 2.
@@ -68,36 +69,39 @@ class Diagnosis:
         """Whether a step, counted from 1, is one of the `WINDOW` before a check, where the sums with x are needed."""
         return max(FIRST, 1 << (step - 1).bit_length()) - step < WINDOW
 
-    def watch(self, step: int, state: TunerState, learning: bool, sums: Sums, unit: float, packings: int) -> None:
+    def watch(
+        self, step: int, scales: Tensor, hope: Tensor, learning: bool, sums: Sums, unit: float, packings: int
+    ) -> None:
         """See a step that it looks at, counted from 1; the sums must be of that step alone, not written later.
 
         Args:
             step: the step's number; the same number again replaces what was seen first.
-            state: what `tuner.update` returned.
-            learning: whether it bet: only then it says whether there is a reason to take longer steps.
+            scales: what `tuner.update` returned, of shape (n,).
+            hope: of `tuner.hope`, of the same shape.
+            learning: whether the step learned: only then it says whether there is a reason to take longer ones.
             sums: what h was made of.
             unit: a scale in the user's units per scale in the tuner's.
             packings: changes when other parameters take part, whose norms do not compare.
         """
         if packings != self._packings:
             self._packings, self._largest, self._seen = packings, None, {}
-        self._seen[step] = (learning, state.scales.clone(), state.reward.clone(), sums.grad_square, sums.param_square)
+        self._seen[step] = (learning, scales.clone(), hope, sums.grad_square, sums.param_square)
         if step & (step - 1):
             return
         steps = [i for i in range(step - WINDOW + 1, step + 1) if i in self._seen]
         learned, *columns = zip(*(self._seen[i] for i in steps), strict=True)
         self._seen = {}
-        scales, rewards, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
+        scales, hopes, *squares = (torch.stack([x.to(sums.grad_square) for x in column]) for column in columns)
         norms = [square.sqrt() for square in squares]
-        read = torch.stack([scales.sum(-1) * unit, rewards.amax(-1), *norms], 1).tolist()
+        read = torch.stack([scales.sum(-1) * unit, hopes.amax(-1), *norms], 1).tolist()
         places = zip(steps, learned, read, strict=True)
-        rows = [(i, bet, *row) for i, bet, row in places if all(map(math.isfinite, row))]
+        rows = [(i, learns, *row) for i, learns, row in places if all(map(math.isfinite, row))]
         if len(rows) > WINDOW // 2:
             self._judge(step, rows)
 
     def _signs(self, rows: list[tuple[Any, ...]], largest: float) -> Signs:
-        _, learned, scales, rewards, gradients, norms = zip(*rows, strict=True)
-        idle = [reward <= 0 for reward, bet in zip(rewards, learned, strict=True) if bet]
+        _, learned, scales, hopes, gradients, norms = zip(*rows, strict=True)
+        idle = [hope <= 0 for hope, learns in zip(hopes, learned, strict=True) if learns]
         low, high, turns = min(gradients), max(gradients), _turns(scales)
         closer = 2 * sum(gradients[-ENDS:]) < sum(gradients[:ENDS])
         return Signs(
@@ -113,11 +117,11 @@ class Diagnosis:
         largest, at = self._largest or (norms[0], steps[0])
         signs = self._signs(rows, largest)
         if signs.idle == 1:
-            bets = [i for i, bet in enumerate(learned) if bet]
+            last = [i for i, learns in enumerate(learned) if learns]
             self._tell(
                 "start",
-                f"At step {steps[bets[-1]]} the scale is at its start, {scales[bets[-1]]:.3g}: at none of the last "
-                f"{len(bets)} steps was there a reason to take longer ones. The norm of the gradient was "
+                f"At step {steps[last[-1]]} the scale is at its start, {scales[last[-1]]:.3g}, or below: at none of the "
+                f"last {len(last)} steps was there a reason to take longer ones. The norm of the gradient was "
                 f"{min(gradients):.3g} to {max(gradients):.3g}. There may be nothing to gain (for the held-out rows, "
                 "if there are some), or the optimizer's updates lead uphill: is the gradient zero, or is it that of "
                 "another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",

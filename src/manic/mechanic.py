@@ -18,7 +18,7 @@ from manic import tuner
 from manic.checkpoint import STATE_VERSION, check_entries, check_version
 from manic.diagnosis import Diagnosis
 from manic.kernels.compiled import one_launch, outside_graphs
-from manic.tuner import BETAS, Sums, TunerConfig, TunerState
+from manic.tuner import Sums, TunerConfig, TunerState
 from manic.updater import Updater
 from manic.warn import warn
 
@@ -34,26 +34,24 @@ class Mechanic:
     Args:
         updater: owns the optimizer and the schedule. One Mechanic per Updater.
         rule: ``"manic"``, or one of the published forms, ``"paper"``, ``"mechanic_pytorch"``, ``"optax"``.
-        betas: decay rates of the tuner's memories, each in [0, 1). They have nothing to do with Adam's.
+        betas: decay rates of the memories of the published rules, each in [0, 1). They have nothing to do with Adam's.
         s_decay: weight of the tuner's own decay term (λ of the paper), ≥ 0: with it the scale is smaller where the
             displacement makes the norm of the parameters grow. ``None`` takes the rule's own, 0 for ``"manic"`` and
             1e-2 for the published ones.
-        s_init: start of the tuner's wealth, an underestimate of the effective learning rate over ``internal_lr`` (where
+        s_init: where the scale starts from, an underestimate of the effective learning rate over ``internal_lr`` (where
             that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which
             moves the parameters by 0.3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            The scale is then learned for twelve epochs, but for 81 to 243 steps, in which lost bets count half in the
-            first epoch, and more in later ones. After that noise lowers it the more, the more often its rows were seen
-            before, and not at all in the first epoch. ``math.inf``: no row comes twice, as where inputs are augmented
-            at random. ``None``: not known.
+            The scale is then learned for twelve epochs, but for 81 to 243 steps. After that noise lowers it the more,
+            the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row comes
+            twice, as where inputs are augmented at random. ``None``: not known; the scale is learned for 162 steps.
         held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
             ``backward()``. The scale is then learned from these gradients: `step` calls it in each of the first 100
-            steps, and in every fourth after them up to `learning_steps`, and puts the other gradients back after it.
-            As such rows were not seen before, ``steps_per_epoch`` counts only after that. Also an attribute, to be set
-            before the scale is learned: bets that have ended before step 243 would begin again where they ended. For a
-            mechanized optimizer, that of its ``mechanic``.
+            steps, and in every fourth after them up to `learning_steps`, which is 243, and puts the other gradients
+            back after it. Also an attribute, to be set before the scale is learned: learning that has ended before step
+            243 would go on from where it ended. For a mechanized optimizer, that of its ``mechanic``.
         log_func: called with a dict in a step: ``iter_count`` (int), and as 0-d tensors on the parameters' device,
             so that nothing waits for it, ``s`` (the scale), ``h``, ``skipped`` (steps skipped so far) and the list
             ``lr`` (effective learning rate per group); ``again`` (bool) if it was called for this step before.
@@ -88,7 +86,7 @@ class Mechanic:
         updater: Updater,
         *,
         rule: str = "manic",
-        betas: Sequence[float] = BETAS,
+        betas: Sequence[float] | None = None,
         s_decay: float | None = None,
         s_init: float | None = None,
         eps: float = 1e-8,
@@ -147,7 +145,7 @@ class Mechanic:
 
     @property
     def learning_steps(self) -> int:
-        """The last step that the scale is learned in: 243, or that of twelve epochs if these are known, at least 81.
+        """The last step that the scale is learned in: 162, or that of twelve epochs if these are known, from 81 to 243.
 
         With ``held_out`` it is 243. If many parameters join on the way, it is as many steps after that. With a
         published rule, which learns for as long as a run takes, ``sys.maxsize``.
@@ -156,7 +154,7 @@ class Mechanic:
 
     @property
     def _learning(self) -> TunerConfig:
-        """What the scale is learned with: of rows that are held out none was seen before."""
+        """What the scale is learned with: rows that are held out are not learned by heart, so that T is 243."""
         unseen = self.held_out is not None and self._config.rule == "manic"
         return _of_new_rows(self._config) if unseen else self._config
 
@@ -278,16 +276,13 @@ class Mechanic:
         # The host knows nothing of steps that a device skips by itself, and runs no Python in replays of a CUDA graph.
         taken = self.updater._taken if _counts(scale) else self.updater._steps
         number = taken + (1 - self._since)  # of this step since (14)
-        known = self._learning if self._is_learning() else self._config
-        count = None
+        known, count = self._config, None
         if known.steps_per_epoch is not None:  # as a tensor: compiled code would hold a number
-            count = torch.zeros_like(scale)
-            if known is self._config:  # else no row was seen before, however many steps there were
-                count.add_(taken + 1)
+            count = torch.zeros_like(scale).add_(taken + 1)
         h, finite, after, total, restart = _launched(_tune, scale)(
             sums, scale, before, self._betas, config, number, factor, known, count
         )
-        if not tune:  # a bet on other gradients is off if the step is skipped
+        if not tune:  # what other gradients have said is forgotten if the step is skipped
             after = _where(finite, self._state, before)
             total = after.scales.sum()
         if self.updater.nonfinite == "raise" and not finite:
@@ -307,12 +302,13 @@ class Mechanic:
         away = not self._captured and tuner.restarts(self._told(), config)
         self.updater._propose(total, finite, begin, self._judge, restart, away)
         if judged:
-            bets, packings = self._tunes and self._is_learning(), self.updater.displacement.packings
-            self._diagnosis.watch(self._steps, after, bets, sums, self.updater._nominal.unit, packings)
+            learns, packings = self._tunes and self._is_learning(), self.updater.displacement.packings
+            hope = tuner.hope(after, config)
+            self._diagnosis.watch(self._steps, after.scales, hope, learns, sums, self.updater._nominal.unit, packings)
         return h
 
     def _judge(self, finite: Tensor) -> None:
-        """Take the bet back, and count the step as skipped, unless it is finite; `Updater.step` calls this."""
+        """Unlearn the step, and count it as skipped, unless it is finite; `Updater.step` calls this."""
         _write(self._state, _launched(_where, finite)(finite, self._state, self._previous))
         torch.add(self._skipped_before, ~finite, out=self._skipped)
 
@@ -518,7 +514,7 @@ def check_logging(log_func: Any, log_every: int) -> None:
 @lru_cache
 def _of_new_rows(config: TunerConfig) -> TunerConfig:
     """The config, for rows of which none comes twice while the scale is learned."""
-    return replace(config, steps_per_epoch=float(tuner.LEARNS))
+    return replace(config, steps_per_epoch=math.inf)
 
 
 @lru_cache

@@ -22,7 +22,7 @@ from manic.displacement import Slot
 from manic.hooks import held_hooks
 from manic.kernels.compiled import outside_graphs
 from manic.mechanic import Mechanic, check_logging
-from manic.tuner import BETAS, TunerConfig, TunerState
+from manic.tuner import TunerConfig, TunerState
 from manic.updater import Updater
 
 # What a mechanized optimizer adds to the state of a parameter, and to every parameter group, when it is saved.
@@ -37,7 +37,7 @@ def mechanize(
     base: type[Optimizer],
     *,
     rule: str = "manic",
-    betas: Sequence[float] = BETAS,
+    betas: Sequence[float] | None = None,
     s_decay: float | None = None,
     s_init: float | None = None,
     eps: float = 1e-8,

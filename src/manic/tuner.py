@@ -10,27 +10,29 @@ Source: Cutkosky, Defazio, Mehta, NeurIPS 2023, arXiv:2306.00144, Algorithm 1, f
     s_{t+1} = W_t / (sqrt(v_t) + ε)                         (6)
     x_{t+1} = x_ref + (Σ_i s_{t+1,i}) Δ_{t+1}               (7)  in `displacement.py`
 
-The rule ``manic``, the default, finds where to start from the data, and bets for T steps, with these changes::
+The rule ``manic``, the default, finds where to start from the data, and learns the logarithm of s for T steps::
 
-    s_init  = ρ max(‖x_1‖, 1e-3 √N) / ‖u_1 / min(f_1, 1)‖   (8)  in `begin`; s_2 = 3 s_init, and then
-    s_{t+1} = min(3 s_t, κ s_init)        until an h is not 0  (8')
-    s_{t+1} ‖u_t / min(f_t, 1)‖ ≤ max(‖x_t‖, 1e-3 √N)     (8") up to step 8; else (8) again, and bets are forgotten
-    h_t = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                    (1') for (1)
-    r_t = max(0, β r_{t-1} - s_t h_t (1 + e_t)/(2 + e_t))   (4') for (4), where h_t > 0 and E is given
-    W_t ≤ max(81, 1/(f_t - F_{t-1})) s_init sqrt(v_t) / n   (5') while f_t < 1 rises: a ceiling of s in a warmup
-    x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t     (7') for (7); there α is 1
-    Δ_{t+1} ← 0             after t = 1, 2, 4, …, 32, 81, T (9)  in `restarts`; not 81 if E > 243; then every 9 steps
+    s_init  = min ρ max(‖x_t‖, 1e-3 √N) / ‖u_t / min(f_t, 1)‖  over t = 1, …, 8         (8)  in `begin`
+    s_2     = 3 s_init,  s_{t+1} = min(3 s_t, κ s_init)  until an h is not 0           (8')
+    h_t     = <Δ_t, g_t + λ ‖g_t‖ x_t/‖x_t‖>                                           (1') for (1)
+    b_t     = h_t, but within ±sqrt(v_{t-1}) once that is not 0                        (2') for (2)
+    v_t     = v_{t-1} + b_t²                                                           (3') for (3)
+    r_t     = r_{t-1} - b_t                                                            (4') for (4)
+    r_t     ≤ sqrt(v_t) log(max(81, 1/(f_t - F_{t-1})) / κ)   while f_t < 1 rises      (5') for a warmup
+    s_{t+1} = κ s_init exp(r_t / sqrt(v_t))                                            (6') for (6)
+    x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t                                (7') for (7); there α is 1
+    Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, 81, T, and then every 9 steps              (9)  in `restarts`
 
 Then it settles. In place of (2) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t²/a_t
-                         - 2 ω_t min(k_t k_{t-1}/a_t, 3²))) (11)
+                         - 2 min(k_t k_{t-1}/a_t, 3²)))     (11)
     π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
-Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: r and s_init
-become such that (6) gives this s_t, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
+Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: s_init becomes
+s_t / κ, r and v are forgotten, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
 
     s_t ← sqrt(min(1, N'/N)) s_t/π_{t-1}                    (14) in `widen`
 
@@ -38,9 +40,9 @@ become such that (6) gives this s_t, F is f_t, Δ is 0, and the steps of T and o
 letter  name             shape      meaning
 ======  ===============  =========  =============================================================
 s       ``scales``       (..., n)   one scale per β; their sum is the scale in force
-r       ``reward``       (..., n)   what betting s against h has earned
+r       ``reward``       (..., n)   what betting s against h has earned; of ``manic``: minus the sum of b
 m       ``max_product``  (..., n)   decayed maximum of abs h
-v       ``sum_squares``  (..., n)   decayed sum of h²
+v       ``sum_squares``  (..., n)   decayed sum of h²; of ``manic``: sum of b²
 q       ``power``        (..., n)   decayed sum of h² since T; a is what h² usually is where f is 1
 p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
@@ -48,18 +50,17 @@ G       ``top``          (..., n)   the highest f from step T on
 z       ``noise``        (..., n)   steps since T that were noise, less those that were not; a step counts e (f/F)²
 π       ``premium``      (..., n)   how much of the schedule's decay s makes up for
 h       ``h``            (...)      inner product of the displacement Δ with the decayed gradient
-β       ``betas``        (n,)       decay rates, each in [0, 1)
+β       ``betas``        (n,)       decay rates, each in [0, 1); ``manic`` forgets nothing, n is 1
 λ       ``s_decay``      number     weight of the decay term inside h
-s_init  ``start``        (..., n)   start of the wealth W, an underestimate of s; kept as s_init / n
+s_init  ``start``        (..., n)   where s starts from, an underestimate; kept as s_init / n
 u       –                as x       the update: what a step of the base optimizer adds to x; Δ_{t+1} = Δ_t + u_t
 α       ``rescaled``     number     the share of past updates that follows when the scale changes
-ω       ``UPHILL``       number     1, but 2/3 where h_t and h_{t-1} are above 0 and E is given
 e       ``seen``         (...)      how often the rows of a step were seen before, about: t/E - 1, or 0; 1 if not
                                     known, and no more than that where k_{t-1} is 0, which says nothing of noise
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has, in (8) those that count; in (14) those that take part,
                                     each times the square of its group's rate, and N' is that of those that are not new
-T       learning_steps   number     the steps that the tuner learns for: 243; if E is known 12E, from 81 to 243
+T       learning_steps   number     the steps that the tuner learns for: 162; if E is known 12E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -75,44 +76,44 @@ What each rule does that the paper as printed does not:
   agree exactly at λ = 0 only.
 - ``optax`` (``optax.contrib.mechanize``): m takes abs h + ε; the h that is bet on is clipped to ±m of the
   step before; r stays signed and is clamped only inside the wealth; s_init is 1e-6, and s starts there; ‖x‖ + ε.
-- ``manic``: the equations from (8) on, no ε, and an m that takes abs h and starts at 0.
+- ``manic``: the equations from (8) on; no β, no m and no ε.
 
 Why ``manic`` does so, in the order of a run. Each point is for a measured fault of the published rule, or of ``manic``
 without it (``docs/tried.md``):
 
-- *No units.* With m and ε as said, λ = 0, or else no scale in its term (1'), and an s that follows (8') until
-  the first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
-- *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm. A fixed s_init is too small for
-  most models and too large for some. The factor f_1 keeps a warmup's first update from counting as a small one. Weights
+- *No units.* (6') has h beside its own size, and with λ = 0, or else no scale in its term (1'), and an s that follows
+  (8') until the first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
+- *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm, or less. A fixed s_init is too
+  small for most models and too large for some. The first update is not always like those after it: momentum makes them
+  longer, and of RAdam the first five are as long as gradients. So the longest of eight counts; s is lowered with s_init,
+  and what h has said stays. The factor f_t keeps a warmup's updates from counting as small ones. Weights
   of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). Elements that
   have no gradient yet, or are not moved, do not count, neither in x nor in u nor in N: of a large embedding, a batch
   has few rows. But those of a tensor without any gradient do: a last layer of zeros hides them for a step. The first
-  bet is that of step 4, as Δ starts again after steps 1 and 2, on κ = 27 times s_init. Three steps of that length, of
-  which nothing is known, ruin some nets under SGD; so s triples up to there. If bets are lost, it falls to s_init.
-  If one of the first eight would move x by more than its norm (8"), updates have been of another kind up to there, as
-  those of RAdam are, of which the first five are as long as gradients. So the search starts again from that step.
-- *Bets are clipped*: h to ±m of the step before, so that one outlier cannot take all that was earned.
-- *Δ starts again* whenever the number of steps has doubled, later tripled (9); the tuner goes on. Summed from the start
-  of the run, <Δ, g> < 0 only says that the way from there is still downhill. It is so long after steps have become too
-  large, and s overshoots by 2 to 3 times. Summed from a recent step, it says that the steps since then were too short.
-  A long Δ sees further through noise; a short one sees sooner that the first scale was too large. After step 32 the
-  longer one is better, if E says that no row comes twice while the scale is learned. Where rows may come again, it
-  takes what a net learns by heart for progress: so there Δ starts again once more, at 81.
-- *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: bets
-  make up for it, s rises by as much as f is low, and is too high when f is not. So until then s is at most as many
-  s_init as a warmup of this slope has steps, or 81. What is earned above it is gone, else s would leap in the end.
+  h that says something is that of step 4, as Δ starts again after steps 1 and 2; up to there s triples, to κ = 9 times
+  s_init.
+- *What h says is weighed by how sure it is.* r / sqrt(v) is the standard score of all h so far: near 0 if they are
+  noise, whatever their size and number, and as large as the root of their number if they agree. (3') to (6') are dual
+  averaging (Nesterov 2009, Xiao 2010) of log s with the steps of AdaGrad-Norm. So noise leaves s within a factor of
+  about e of where it started, and signal multiplies it without bound. The bets of (2) to (6) stake all there is on the
+  first h, and lose it to noise in half of all runs: then s falls to s_init and, as 1/√t, below. What is given up is the
+  paper's bound on regret, which is linear in s; h s is not convex in log s where h < 0.
+- *No h counts for more than all before it* (2'), so that one outlier cannot decide.
+- *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that the
+  way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3 times.
+  Summed from a recent step, it says that the steps since then were too short. A long Δ sees further through noise; a
+  short one sees sooner that the first scale was too large.
+- *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: s would
+  make up for it, rise by as much as f is low, and be too high when f is not. So until then s is at most as many
+  s_init as a warmup of this slope has steps, or 81. What is above it is forgotten, else s would leap in the end.
 - *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
   the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
   valley, s stays too low. With α = 0 nothing holds s back where it is too high. The bound of the paper is for α = 1,
   and between two restarts of Δ.
-- *Lost bets count less*, if E is given (4'). Steps of a good rate bounce, and are told so by an h above 0: the rate at
-  which it is 0 on average is too low. In later epochs an h that is too low makes up for that, since longer steps always
-  add to what a net knows by heart. So a lost bet counts half in the first epoch, and the more, the more often the rows
-  were seen. Rows that are held out never were: where h is of these, e is 0 up to T, and T is 243.
-- *Bets end* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about the rate
-  than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one to go
-  slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from clean
-  rows, and with many more the rate of those that overfit gets too high.
+- *It stops learning* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about
+  the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one
+  to go slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from
+  clean rows, and with many more the rate of those that overfit gets too high. If E is not given, T is between the two.
 - *Then s falls with noise*, (10), (11) and (13). On smooth losses a rate should fall as 1/√t where gradients are noise,
   and stay where they are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of
   the next, so that the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s
@@ -122,16 +123,14 @@ without it (``docs/tried.md``):
   where the loss explodes.
 - *Rows that come again* count more, if E is given. Noise of rows that are new averages out; that of rows which it has
   seen many times a net learns by heart. So a step counts in z about as often as its rows were seen before: s does not
-  fall in the first epoch, and as 1/t in many. If E is not given, every step counts once. In a shuffled epoch a short Δ
-  is of rows that the batch has not, and where those are known by heart it points uphill for it, again and again. A net
-  that bounces is told that too, but by more than the noise: so what repeats uphill counts less, ω.
+  fall in the first epoch, and as 1/t in many. If E is not given, every step counts once.
 - *Schedules that decay* are made up for (12). Rates that are best under them are mostly 3 times those that are best
   without: steps that bounce are no loss if they are short in the end. That higher ones would pay is not to be seen
   while they do not. So what the schedule falls by from T on is made up for twice: the rate rises by as much, to that of
   the schedule's peak at most, and falls once it is 3 times what the schedule has. A rate that leaps to where nothing
   has been learned of it is one that plain SGD does not survive.
-- *Schedules that rise* above where s was learned are held at that rate: s falls by as much as F rises (13). So do s, r
-  and s_init before T where F rises above 1, which is no warmup.
+- *Schedules that rise* above where s was learned are held at that rate: s falls by as much as F rises (13). So do s and
+  s_init before T where F rises above 1, which is no warmup.
 - *New parameters* lower s, which is learned again (14). A scale that was learned of some, such as a head trained alone,
   can be ten times too high for others that join. Updates of normalized optimizers are the longer, the more elements
   they have, as √N: so s falls to where steps are about as long as before.
@@ -139,8 +138,10 @@ without it (``docs/tried.md``):
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,20 +153,19 @@ from torch import Tensor
 RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
-FIRST_STAKE = 27  # κ: the scale of the first bet, in s_init
-TRIPLES = 3  # times s, at most, in each step before it
-WATCHED = 8  # steps in which u is looked at for (8")
+STAKE = 9  # κ: the scale that what h says multiplies, in s_init
+TRIPLES = 3  # times s, at most, in each step before h says something
+WATCHED = 8  # steps of which (8) takes the longest u
 WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
-LEARNS = 3**5  # T, at most
-EPOCHS = 12  # T, if their steps are known, but a third of LEARNS at least
+LEARNS = 81, 162, 243  # T: at least, if E is not known, at most
+EPOCHS = 12  # T, if E is known
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
-DOUBLES = 32  # steps until which Δ starts again when their number has doubled; mostly once more after a third of LEARNS
+TURNS = 1, 2, 4, 8, 27, 81  # steps before T after which Δ starts again
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
-UPHILL = 2 / 3  # ω: s falls unless three quarters of h² are signal, in place of half
 UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
@@ -179,7 +179,8 @@ class TunerConfig:
 
     Args:
         rule: one of ``RULES``; which published form to follow (see the module's list).
-        betas: β, the decay rates of the tuner's memories, each in [0, 1).
+        betas: β, the decay rates of the memories of the published rules, each in [0, 1); ``None`` takes ``BETAS``.
+            The rule ``manic`` has none: it keeps (1.0,) here.
         s_decay: λ ≥ 0, the weight of the decay term inside h; ``None`` takes the rule's own, 0 (published ones: 1e-2).
         s_init: s_init > 0; ``None`` takes the rule's own: (8), ``optax`` 1e-6, the other published ones 1e-8.
         eps: ε > 0, of the published rules.
@@ -197,7 +198,7 @@ class TunerConfig:
     """
 
     rule: str = "manic"
-    betas: Sequence[float] = BETAS
+    betas: Sequence[float] | None = None
     s_decay: float | None = None
     s_init: float | None = None
     eps: float = 1e-8
@@ -215,24 +216,31 @@ class TunerConfig:
 
         Example:
             >>> [TunerConfig(steps_per_epoch=steps).learning_steps for steps in (None, 1, 20, 100)]
-            [243, 81, 240, 243]
+            [162, 81, 240, 243]
         """
         if self.rule != "manic":
             return sys.maxsize
-        epochs = LEARNS if self.steps_per_epoch is None else EPOCHS * self.steps_per_epoch
-        return round(min(max(epochs, LEARNS / 3), LEARNS))
+        least, unknown, most = LEARNS
+        return unknown if self.steps_per_epoch is None else round(min(max(EPOCHS * self.steps_per_epoch, least), most))
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}.")
-        given = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
+        own = (1.0,) if self.rule == "manic" else BETAS
+        given = self.betas.tolist() if isinstance(self.betas, Tensor) else own if self.betas is None else self.betas
         several = isinstance(given, Iterable) and not isinstance(given, str)
         betas = [b.item() if isinstance(b, Tensor) and b.numel() == 1 else b for b in given] if several else []
         if not several or not all(isinstance(beta, numbers.Real) for beta in betas):
             raise TypeError(f"betas is {self.betas!r}; expected several numbers in [0, 1), as in betas=(0.9, 0.99).")
         object.__setattr__(self, "betas", tuple(float(beta) for beta in betas))
-        if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
+        if self.betas != own:
+            if not self.betas or not all(0 <= beta < 1 for beta in self.betas):
+                raise ValueError(f"betas is {self.betas}; expected at least one number, each in [0, 1).")
+            if self.rule == "manic":
+                raise ValueError(
+                    f"betas is {self.betas} with rule='manic'; expected None, for only the published rules have them. "
+                    "Leave it out."
+                )
         if self.s_decay is None:
             object.__setattr__(self, "s_decay", 0.0 if self.rule == "manic" else 1e-2)
         if self.s_init is None and self.rule != "manic":
@@ -287,7 +295,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
     """The state before the first step.
 
     Example:
-        >>> init(TunerConfig(betas=(0.9, 0.99))).scales
+        >>> init(TunerConfig(rule="paper", betas=(0.9, 0.99))).scales
         tensor([0., 0.], dtype=torch.float64)
     """
     n = len(config.betas)
@@ -311,12 +319,13 @@ def begin(
     count: Tensor,
     config: TunerConfig,
 ) -> TunerState:
-    """Find s_init, (8), if there is an update to find it from, and it is not known yet or s is too high for (8").
+    """Find s_init, or lower it and s, if there is an update to find it from, (8).
 
     x, u and N are of the elements that count, see `manic.kernels.plain.counted`.
 
     Args:
-        state: just after `update`, of a step up to `WATCHED`, or before s_init is known.
+        state: just after `update`, of a step up to `WATCHED`, or, where there is nothing to find it from, up to the first
+            that has something.
         grad_square: ‖g_t‖², of shape (...). Where it is 0, u_t is weight decay alone, and its size says nothing of s.
         param_norm: ‖x_t‖, of the same shape.
         update_norm: ‖u_t / min(f_t, 1)‖, of the same shape.
@@ -330,17 +339,15 @@ def begin(
         0.0025
     """
     size = torch.maximum(param_norm, LEAST_SIZE * count.sqrt())
-    longest = (size / update_norm).to(state.start).unsqueeze(-1)
-    unknown = (state.start == 0) | (state.scales.sum(-1, keepdim=True) > longest)
-    fresh = unknown & longest.isfinite() & (grad_square > 0).unsqueeze(-1)
-    start = torch.where(fresh, SHARE * longest / len(config.betas), state.start)
-    s = torch.where(fresh, _capped(TRIPLES * start, config), state.scales)
-    r, m, v = (bets.masked_fill(fresh, 0) for bets in (state.reward, state.max_product, state.sum_squares))
-    return state._replace(scales=s, reward=r, max_product=m, sum_squares=v, start=start)
+    found = (SHARE * size / update_norm).to(state.start).unsqueeze(-1)
+    unknown, usable = state.start == 0, found.isfinite() & (grad_square > 0).unsqueeze(-1)
+    start = torch.where(usable & (unknown | (found < state.start)), found, state.start)
+    s = torch.where(unknown, TRIPLES * start, state.scales * (start / state.start))
+    return state._replace(scales=_capped(s, config), start=start)
 
 
 def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:
-    """What bets go on from when parameters join, (14).
+    """What is learned from on when parameters join, (14).
 
     Args:
         state: of step t - 1.
@@ -348,19 +355,17 @@ def widen(state: TunerState, ratio: float, factor: Tensor) -> TunerState:
         factor: f_t, of shape (...).
 
     Example:
-        >>> state = init(TunerConfig(s_init=1e-3, betas=(0.9, 0.99)))
+        >>> state = init(TunerConfig(s_init=1e-3))
         >>> round(float(widen(state, 0.25, torch.tensor(1.0)).scales.sum()), 6)
         0.0005
     """
-    s, r, m, v, start, *_ = state
+    s, lowered = state.scales, math.sqrt(ratio) / state.premium
     nothing, one = torch.zeros_like(s), torch.ones_like(s)
-    lowered = math.sqrt(ratio) / state.premium
-    wealth = start * m + r
-    left = lowered * torch.where((v > 0) & (wealth > 0), s * v.sqrt() / wealth, 1)
     return state._replace(
         scales=lowered * s,
-        reward=left * r,
-        start=left * start,
+        reward=nothing,
+        sum_squares=nothing,
+        start=lowered * torch.where(state.sum_squares > 0, s / STAKE, state.start),
         power=nothing,
         level=nothing,
         peak=one * factor.unsqueeze(-1),
@@ -373,12 +378,11 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     """Whether (9) applies after a step, counted from 1; of a number, or element by element of an int64 tensor.
 
     Example:
-        >>> [step for step in range(1, 270) if restarts(step, TunerConfig())]
-        [1, 2, 4, 8, 16, 32, 81, 243, 252, 261]
+        >>> [step for step in range(1, 190) if restarts(step, TunerConfig())]
+        [1, 2, 4, 8, 27, 81, 162, 171, 180, 189]
     """
     since = step - config.learning_steps
-    once_more = config.steps_per_epoch is None or config.steps_per_epoch <= LEARNS
-    early = (DOUBLES % step == 0) | (once_more & (step == LEARNS // 3))
+    early = functools.reduce(operator.or_, (step == turn for turn in TURNS))
     return config.rule == "manic" and (early & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 
@@ -386,7 +390,7 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
     """Whether a step, counted from 1, does (2) to (6), and not (10) to (13); of numbers and tensors as `restarts`.
 
     Example:
-        >>> [is_learning(step, TunerConfig()) for step in (243, 244)]
+        >>> [is_learning(step, TunerConfig()) for step in (162, 163)]
         [True, False]
     """
     return config.rule != "manic" or step <= config.learning_steps
@@ -400,6 +404,19 @@ def seen(step: Any, steps_per_epoch: float | None) -> Tensor | None:
         tensor([0.0000, 0.0000, 1.5000])
     """
     return None if steps_per_epoch is None else (step / steps_per_epoch - 1).clamp(min=0)
+
+
+def hope(state: TunerState, config: TunerConfig) -> Tensor:
+    """Above 0 unless a step gave no reason to take longer ones, of shape (..., n); see `manic.diagnosis`.
+
+    A published rule has lost all its bets, and `manic` is told by two standard deviations that steps are too long.
+
+    Example:
+        >>> config = TunerConfig()
+        >>> [float(hope(init(config)._replace(reward=r, sum_squares=r**2 / 4), config)) for r in torch.tensor([-1., 1.])]
+        [0.0, 2.0]
+    """
+    return state.reward + 2 * state.sum_squares.sqrt() if config.rule == "manic" else state.reward.clone()
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -460,25 +477,18 @@ def update(
     h = h.to(state.scales.dtype).unsqueeze(-1)
     f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
     e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
+    if config.rule != "manic":
+        return _bet(state, h, betas, config)
     if not isinstance(learning, Tensor):
-        return _bet(state, h, f, e, betas, config) if learning else _settle(state, h, f, e, config)
-    both = zip(_bet(state, h, f, e, betas, config), _settle(state, h, f, e, config), strict=True)
-    return TunerState(*(torch.where(learning.unsqueeze(-1), bet, settled) for bet, settled in both))
+        return _learn(state, h, f, config) if learning else _settle(state, h, f, e, config)
+    both = zip(_learn(state, h, f, config), _settle(state, h, f, e, config), strict=True)
+    return TunerState(*(torch.where(learning.unsqueeze(-1), learned, settled) for learned, settled in both))
 
 
-def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tensor, config: TunerConfig) -> TunerState:
-    """(2) to (6) with what takes their place, F and G."""
+def _bet(state: TunerState, h: Tensor, betas: Tensor, config: TunerConfig) -> TunerState:
+    """(2) to (6), as published."""
     s, r, m, v, start, *_ = state
-    peak, bet = torch.maximum(state.peak, f), h
-    if config.rule == "manic":
-        held = state.peak.clamp(min=1) / peak.clamp(min=1)
-        s, r, start = held * s, held * r, held * start
-    if config.rule in ("optax", "manic"):
-        bound = m if config.rule == "optax" else torch.where(m > 0, m, torch.inf)
-        bet = torch.clamp(h, -bound, bound)
-    if e is not None:
-        bet = torch.where(bet > 0, (1 + e) / (2 + e) * bet, bet)  # (4')
-
+    bet = torch.clamp(h, -m, m) if config.rule == "optax" else h
     if config.rule == "paper":
         m = torch.maximum(betas * m, h)  # (2)
     elif config.rule == "optax":
@@ -486,22 +496,29 @@ def _bet(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, betas: Tenso
     else:
         m = torch.maximum(betas * m, h.abs())  # (2)
     v = betas**2 * v + h**2  # (3)
-    root = v.sqrt()
     r = betas * r - s * bet  # (4), but for the clamp, which optax leaves to (5)
     won = r.clamp(min=0)
-    if config.rule == "manic":
-        ceiling = start * (1 / (f - state.peak)).clamp(min=WARMUP)
-        won = torch.where((f < 1) & (f > state.peak), torch.minimum(won, ceiling * root - start * m), won)  # (5')
     if config.rule != "optax":
         r = won  # (4)
-    wealth = start * m + won  # (5)
-    if config.rule == "manic":
-        rising = torch.minimum(TRIPLES * s, FIRST_STAKE * start)  # (8')
-        s = torch.where(v > 0, wealth / root, rising)  # (6)
-    else:
-        s = wealth / (root + config.eps)  # (6)
+    s = (start * m + won) / (v.sqrt() + config.eps)  # (5), (6)
+    return state._replace(scales=_capped(s, config), reward=r, max_product=m, sum_squares=v)
+
+
+def _learn(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> TunerState:
+    """(2') to (6'), F and G."""
+    v, peak = state.sum_squares, torch.maximum(state.peak, f)
+    held = state.peak.clamp(min=1) / peak.clamp(min=1)
+    s, start = held * state.scales, held * state.start
+    most = torch.where(v > 0, v.sqrt(), torch.inf)
+    b = torch.clamp(h, -most, most)  # (2')
+    v = v + b**2  # (3')
+    r, root = state.reward - b, v.sqrt()  # (4')
+    steps = (1 / (f - state.peak)).clamp(min=WARMUP)
+    r = torch.where((f < 1) & (f > state.peak), torch.minimum(r, root * (steps / STAKE).log()), r)  # (5')
+    rising = torch.minimum(TRIPLES * s, STAKE * start)  # (8')
+    s = torch.where(v > 0, STAKE * start * (r / root).exp(), rising)  # (6')
     return state._replace(
-        scales=_capped(s, config), reward=r, max_product=m, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
+        scales=_capped(s, config), reward=r, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
     )
 
 
@@ -512,11 +529,8 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     peak, top = torch.maximum(state.peak, f), torch.maximum(state.top, f)
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
-    signal, weight = 2 * (k * state.last / usual).clamp(max=UNUSUAL**2), 1.0
-    if e is not None:
-        signal = torch.where((k > 0) & (state.last > 0), UPHILL * signal, signal)
-        weight = torch.where(state.last == 0, e.clamp(max=1), e)
-    noise = weight * (k**2 / usual - signal)
+    weight = 1.0 if e is None else torch.where(state.last == 0, e.clamp(max=1), e)
+    noise = weight * (k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2))
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
     premium = torch.where(top > 0, rise, 1)  # (12)

@@ -119,9 +119,10 @@ class Oracle:
             self.r = [self.r[0] - bet]
             if before < factor < 1:
                 ceiling = max(81, 1 / (factor - before))
-                self.r = [min(self.r[0], math.sqrt(self.v[0]) * math.log(ceiling / 9))]
+                self.r = [min(self.r[0], math.sqrt(self.v[0] * 2 * math.log(ceiling / 9)))]
             if self.v[0] > 0:
-                self.s = [9 * (self.s_init or 0.0) * math.exp(self.r[0] / math.sqrt(self.v[0]))]
+                z = self.r[0] / math.sqrt(self.v[0])
+                self.s = [9 * (self.s_init or 0.0) * math.exp(z if z <= 2 else z * z / 2)]
             else:
                 self.s = [min(3 * held * self.s[0], 9 * (self.s_init or 0.0))]
             return

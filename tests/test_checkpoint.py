@@ -547,8 +547,8 @@ def test_refused_states() -> None:
     fewer = {name: value for name, value in mechanic_state["config"].items() if name != "max_scale"}
     with pytest.raises(ValueError, match=r"a config of rule.*; expected all of rule.*, max_scale, steps_per_epoch"):
         Mechanic(updater()).load_state_dict({**mechanic_state, "config": fewer})
-    broken = {**mechanic_state, "tuner": {name: t[:2] for name, t in mechanic_state["tuner"].items()}}
-    with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+    broken = {**mechanic_state, "tuner": {name: t[:0] for name, t in mechanic_state["tuner"].items()}}
+    with pytest.raises(ValueError, match=r"have shapes .*; expected \(1,\) each"):
         Mechanic(updater()).load_state_dict(broken)
     drop_in = mechanize(torch.optim.AdamW)(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="expected the state dict of a mechanized AdamW"):
@@ -560,7 +560,7 @@ def test_refused_states() -> None:
     for tuner in (torch.zeros(4, 2), 5):
         broken = drop_in.state_dict()
         broken["param_groups"][0]["mechanic_tuner"] = tuner
-        with pytest.raises(ValueError, match="expected one number for each of 6 betas"):
+        with pytest.raises(ValueError, match=r"have shapes .*; expected \(1,\) each"):
             drop_in.load_state_dict(broken)
     broken = drop_in.state_dict()
     broken["param_groups"][0]["mechanic_rates"] = []
@@ -649,7 +649,6 @@ def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
         s_decay=number,
         eps=number,
         steps_per_epoch=number,
-        betas=np.array([0.9]),
     )
     torch.save([updater.state_dict(), mechanic.state_dict()], file)
     file.seek(0)

@@ -57,9 +57,9 @@ def test_the_published_one_liner_and_options() -> None:
     model = make_net()
     optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
     train(model, optimizer, range(3))
-    optimizer = mechanize(torch.optim.SGD, s_decay=0.0, betas=(0.999, 0.999999), store_delta=False)(
-        model.parameters(), lr=0.01
-    )
+    optimizer = mechanize(
+        torch.optim.SGD, rule="mechanic_pytorch", s_decay=0.0, betas=(0.999, 0.999999), store_delta=False
+    )(model.parameters(), lr=0.01)
     train(model, optimizer, range(3))
     assert float(optimizer.mechanic.scale) > 0
 

@@ -52,7 +52,7 @@ CASES = [
     ("sgd", torch.optim.SGD, SGD, {"rule": "paper"}),
     ("sgd", torch.optim.SGD, SGD, {"rule": "optax", "s_decay": 0.0}),
     ("sgd", torch.optim.SGD, MOMENTUM, {"rule": "mechanic_pytorch", "s_init": 1e-4}),
-    ("adam", torch.optim.Adam, ADAM, {"betas": (0.9, 0.99)}),
+    ("adam", torch.optim.Adam, ADAM, {"rule": "optax", "betas": (0.9, 0.99)}),
     ("adamw", torch.optim.AdamW, ADAM, {"steps_per_epoch": 12}),
     ("adamw", torch.optim.AdamW, ADAM, {"rule": "optax", "s_decay": 0.1}),
     ("adamw", torch.optim.AdamW, ADAM, {"s_init": 1e-4, "max_scale": 0.02}),  # below what is learned

@@ -185,7 +185,7 @@ def test_missing_column() -> None:
 def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     model = make_net()
     updater = Updater(torch.optim.SGD(model.parameters(), lr=2.0))
-    mechanic = Mechanic(updater, log_every=2)
+    mechanic = Mechanic(updater, log_every=2, s_init=1e-3)
     with caplog.at_level(logging.INFO, logger="manic"):
         for step in range(4):
             backward(model, step)

@@ -26,7 +26,7 @@ def test_two_objects() -> None:
     mechanic = Mechanic(
         updater,
         rule="manic",
-        betas=(0.9, 0.99),
+        betas=None,
         s_decay=0.0,
         s_init=1e-3,
         eps=1e-8,

@@ -34,7 +34,7 @@ class Seen(NamedTuple):
 
 
 TITLES = {
-    "idle": (f"share of a window's bets with `reward` 0, if these are more than {diagnosis.WINDOW // 4}", "1"),
+    "idle": (f"share of a window's learning steps without hope, if it has more than {diagnosis.WINDOW // 4}", "1"),
     "growth": ("growth of the norm beyond its largest at the checks before", f"{diagnosis.GROWTH:g}"),
     "turns": ("turns in a window", ""),
     "turns_in_two": ("turns in each of two windows in a row", f"{diagnosis.TURNS}"),

@@ -31,7 +31,7 @@ from train import FOR_IDEAS, PLAIN, SCHEDULES, Stack, base_step, factor, held_ou
 from manic import tuner
 from manic.kernels.plain import counted
 from manic.mechanic import ALWAYS
-from manic.tuner import BETAS
+from manic.tuner import BETAS, TURNS
 
 BASES = ("adamw", "sgd", "lion")
 CHOSEN_ON = ("diabetes", "lines", "autoencoder", "new_digits")
@@ -39,7 +39,8 @@ SEEDS, STEPS = [0, 1, 2], 500
 SCORED = {"valid": "the validation loss at the end", "best": "the lowest validation loss on the way"}
 
 
-EARLY = tuple(step for step in range(1, tuner.LEARNS) if tuner.restarts(step, tuner.TunerConfig()))
+LEAST, UNKNOWN, MOST = tuner.LEARNS
+EARLY = (1, 2, 4, 8, 16, 32, 81)
 OF_PASSES: dict[str, Callable[[float], float]] = {
     "once": lambda e: 1.0,
     "a third": lambda e: 1 / 3,
@@ -66,8 +67,16 @@ class Idea:
     """A rule that is put together from options.
 
     Attributes:
+        learner: ``"score"`` for (2') to (6') of `manic.tuner`, ``"walk"`` for a log s that each h moves by h/√v from
+            where it is, or ``"bets"`` for (2) to (6).
+        pace: times what the logarithm of s moves by.
+        sure: the standard score from where on it moves by the square of that, over this; infinite: by that throughout.
+        bound: b in a step is at most so many √v; 0: as `clip` says.
+        losses_bound: where h > 0, too.
         s_init: a fixed s_init, or ``None`` for (8) of `manic.tuner` with `share` for ρ.
-        stake: the scale of the first bet, in s_init; the published rule has about 100.
+        watched: of so many steps the longest u counts for (8).
+        latest: the last of them does.
+        stake: the scale that what h says multiplies, or of the first bet, in s_init; the published rule has about 100.
         triples: times the scale, at most, in each step before it; infinite: it is the first scale.
         warmup: while the schedule's factor rises below 1, the scale stays below this, or the warmup's steps, in s_init.
         by_factor: divide the first update by the schedule's factor.
@@ -153,18 +162,25 @@ class Idea:
         shared: the schedule's decay since its highest factor counts as a part of the fall, but for the premium.
     """
 
+    learner: str = "score"
+    pace: float = 1.0
+    sure: float = tuner.SURE
+    bound: float = 1.0
+    losses_bound: bool = True
     s_init: float | None = None
     share: float = tuner.SHARE
-    stake: float = tuner.FIRST_STAKE
+    watched: int = tuner.WATCHED
+    latest: bool = False
+    stake: float = tuner.STAKE
     triples: float = tuner.TRIPLES
     warmup: float = tuner.WARMUP
     by_factor: bool = True
     counted: bool = True
     recentre: str = "listed"
-    turns: tuple[int, ...] = EARLY
+    turns: tuple[int, ...] = TURNS
     lasting: bool = False
     left: float = 0.0
-    left_at: tuple[int, ...] = EARLY[-1:]
+    left_at: tuple[int, ...] = TURNS[-1:]
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -191,14 +207,14 @@ class Idea:
     rescaled: float = tuner.RESCALED
     fade: float = 0.0
     reward_decay: float = 1.0
-    betas: tuple[float, ...] = BETAS
+    betas: tuple[float, ...] = (1.0,)
     per: str = "model"
     held_out: float = 0.0
     clairvoyant: bool = False
     every: int = 1
     until: float = 1.0
     fall: float = 0.0
-    learns: float = tuner.LEARNS
+    learns: float = UNKNOWN
     learns_passes: float = math.inf
     anew: float = math.inf
     then: str = "noise"
@@ -232,8 +248,10 @@ class Idea:
 
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
-IN_20 = Idea(lost="half at first", lost_epoch=20.25)
-MADE_UP = Idea(warmup=math.inf)
+TOLD = Idea(seen="before", learns=MOST, learns_passes=float(tuner.EPOCHS))
+BETS = Idea(learner="bets", bound=0.0, watched=1, stake=27.0, turns=EARLY, betas=BETAS, learns=MOST)
+IN_20 = replace(BETS, lost="half at first", lost_epoch=20.25)
+MADE_UP = replace(BETS, warmup=math.inf)
 AT_ONCE = replace(MADE_UP, stake=30.0, triples=math.inf)
 TRIPLED = replace(AT_ONCE, recentre="growing")
 NOISE = replace(TRIPLED, premium=1.0)
@@ -253,14 +271,14 @@ ONCE = replace(TWICE, again=1.0)
 MEAN = replace(TWICE, averaged=1 / 3)
 PREMIUM = replace(ONCE, rises=math.inf)
 CHARGED = replace(ONCE, s_decay=0.01, charged="once")
-TOLD = replace(PREMIUM, seen="before")
-EPOCHS = replace(TOLD, rises=1.0)
+TOLD_ONCE = replace(PREMIUM, seen="before")
+EPOCHS = replace(TOLD_ONCE, rises=1.0)
 NINE = replace(EPOCHS, learns_passes=9.0)
-UPHILL = replace(NINE, uphill=tuner.UPHILL)
+UPHILL = replace(NINE, uphill=2 / 3)
 TOLD_TWICE = replace(UPHILL, again=2.0)
 TOLD_MEAN = replace(TOLD_TWICE, averaged=1 / 3)
 TWELVE = replace(TOLD_TWICE, learns_passes=12.0)
-TOLD_EVEN = Idea(seen="before", uphill=tuner.UPHILL, learns_passes=float(tuner.EPOCHS))
+TOLD_EVEN = replace(BETS, seen="before", uphill=2 / 3, learns_passes=float(tuner.EPOCHS))
 TOLD_NOW = replace(TOLD_EVEN, lost="half at first", lasting=True)
 
 
@@ -271,48 +289,87 @@ def at(*steps: int) -> Idea:
 
 IDEAS = {
     "the default": Idea(),
-    "… all elements count for s_init": Idea(counted=False),
+    "… log s walks": Idea(learner="walk"),
+    "… log s in proportion to z": Idea(sure=math.inf),
+    "… half as fast": Idea(pace=0.5),
+    "… 0.7 times as fast": Idea(pace=0.7),
+    "… 1.5 times as fast": Idea(pace=1.5),
+    "… h is bounded by 3 √v": Idea(bound=3.0),
+    "… h is not bounded": Idea(bound=math.inf),
+    "… h is bounded where it is below 0 only": Idea(losses_bound=False),
+    "… κ = 1": Idea(stake=1.0),
+    "… κ = 3": Idea(stake=3.0),
+    "… κ = 27": Idea(stake=27.0),
+    "… s_init by the first update": Idea(watched=1),
+    "… s_init by the first update, h is bounded where it is below 0 only": Idea(watched=1, losses_bound=False),
+    "… s_init by the first update, 0.7 times as fast": Idea(watched=1, pace=0.7),
+    "… s_init by the first update, κ = 3": Idea(watched=1, stake=3.0),
+    "… s_init by the first update, κ = 27": Idea(watched=1, stake=27.0),
+    "… s_init by the eighth update": Idea(latest=True),
+    "… s_init by the longest of sixteen": Idea(watched=16),
+    "… T = 81": Idea(learns=81, turns=TURNS[:-1]),
+    "… T = 108": Idea(learns=108),
+    "… T = 243": Idea(learns=MOST),
+    "… Δ starts again at 1, 3, 9, 27, 81": Idea(turns=(1, 3, 9, 27, 81)),
+    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81": Idea(turns=EARLY),
+    "… Δ starts again at 1, 2, 9, 27, 81": Idea(turns=(1, 2, 9, 27, 81)),
+    "… Δ does not start again at 81, but at T": Idea(turns=TURNS[:-1]),
+    "… α = 1": Idea(rescaled=1.0),
+    "… α = 0.25": Idea(rescaled=0.25),
+    "the default, given the epoch": TOLD,
+    "… κ = 3, given the epoch": replace(TOLD, stake=3.0),
+    "… κ = 27, given the epoch": replace(TOLD, stake=27.0),
+    "… 0.7 times as fast, given the epoch": replace(TOLD, pace=0.7),
+    "… h is bounded where it is below 0 only, given the epoch": replace(TOLD, losses_bound=False),
+    "… h > 0 counts less in the first epochs, given the epoch": replace(TOLD, lost="half at first"),
+    "… what repeats uphill counts two thirds, given the epoch": replace(TOLD, uphill=2 / 3),
+    "… s_init by the first update, given the epoch": replace(TOLD, watched=1),
+    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81, given the epoch": replace(TOLD, turns=EARLY),
+    "… T after twenty, given the epoch": replace(TOLD, learns_passes=20.0),
+    "bets": BETS,
+    "… T = 162": replace(BETS, learns=162),
+    "… all elements count for s_init": replace(BETS, counted=False),
     "… a warmup is made up for": MADE_UP,
-    "… at most 27 s_init in a warmup": Idea(warmup=27.0),
-    "… s_init is 1e-8": Idea(s_init=1e-8),
-    "… the first scale is s_init": Idea(stake=1.0),
+    "… at most 27 s_init in a warmup": replace(BETS, warmup=27.0),
+    "… s_init is 1e-8": replace(BETS, s_init=1e-8),
+    "… the first scale is s_init": replace(BETS, stake=1.0),
     "… the first scale at once, 30 s_init": AT_ONCE,
-    "… s triples, up to 30 s_init": Idea(stake=30.0),
-    "… s doubles, up to 8 s_init": Idea(stake=8.0, triples=2.0),
-    "… Δ does not start again at 81": Idea(turns=EARLY[:-1]),
-    "… half of Δ is left at 81": Idea(left=0.5),
-    "… a quarter of Δ is left at 81": Idea(left=0.25),
-    "… a quarter of Δ is left each time": Idea(left=0.25, left_at=EARLY),
-    "… half of Δ is left each time": Idea(left=0.5, left_at=EARLY),
-    "… half of Δ is left at 1, 2, 4, 8, 16, 32, 64, 128": Idea(left=0.5, left_at=POWERS, turns=POWERS),
+    "… s triples, up to 30 s_init": replace(BETS, stake=30.0),
+    "… s doubles, up to 8 s_init": replace(BETS, stake=8.0, triples=2.0),
+    "… Δ does not start again at 81": replace(BETS, turns=EARLY[:-1]),
+    "… half of Δ is left at 81": replace(BETS, left=0.5),
+    "… a quarter of Δ is left at 81": replace(BETS, left=0.25),
+    "… a quarter of Δ is left each time": replace(BETS, left=0.25, left_at=EARLY),
+    "… half of Δ is left each time": replace(BETS, left=0.5, left_at=EARLY),
+    "… half of Δ is left at 1, 2, 4, 8, 16, 32, 64, 128": replace(BETS, left=0.5, left_at=POWERS, turns=POWERS),
     "… losses count as in an epoch of 20 steps": IN_20,
     "… losses count as in an epoch of 40 steps": replace(IN_20, lost_epoch=40.0),
     "… losses count as in an epoch of 81 steps": replace(IN_20, lost_epoch=81.0),
     "… losses count as in an epoch of 20 steps, half of Δ is left at 81": replace(IN_20, left=0.5),
     "… losses count as in an epoch of 20 steps, Δ does not start again at 81": replace(IN_20, turns=EARLY[:-1]),
-    "… s_init at least": Idea(least=1.0),
-    "… 9 s_init at least, unless h says less": Idea(least=9.0),
-    "… 27 s_init at least, unless h says less": Idea(least=27.0),
-    "… losses count half up to step 16": Idea(losses=0.5, lost_until=16),
-    "… losses count half up to step 32": Idea(losses=0.5, lost_until=32),
-    "… losses count half up to step 81": Idea(losses=0.5, lost_until=81),
-    "… ρ = 2e-3": Idea(share=2e-3, stake=13.5),
-    "… ρ = 3e-3": Idea(share=3e-3, stake=9.0),
-    "… ρ = 0.7e-3, κ = 27": Idea(share=0.7e-3),
-    "… ρ = 2e-3, κ = 27": Idea(share=2e-3),
-    "… ρ = 3e-3, half of Δ is left at 81": Idea(share=3e-3, stake=9.0, left=0.5),
-    "… ρ = 3e-3, Δ does not start again at 81": Idea(share=3e-3, stake=9.0, turns=EARLY[:-1]),
-    "… Δ never starts again": Idea(recentre="never"),
-    "… Δ starts again every nine steps from the start": Idea(recentre="every", first=tuner.SHORT),
-    "… all of a change of the scale is made up for: α = 1": Idea(rescaled=1.0),
-    "… bets are not clipped": Idea(clip=False),
-    "… bets go on to the end": Idea(learns=math.inf, short=0, premium=1.0),
-    "… after T, Δ starts again at 3 T, 9 T, …": Idea(short=0),
-    "… after T, the scale stays": Idea(until=tuner.LEARNS),
-    "… noise counts for nothing": Idea(seen="never"),
-    "… signal is not bounded": Idea(unusual=math.inf),
-    "… the schedule counts in full: π = 1": Idea(premium=1.0),
-    "… what the schedule falls by is made up for once": Idea(again=1.0),
+    "… s_init at least": replace(BETS, least=1.0),
+    "… 9 s_init at least, unless h says less": replace(BETS, least=9.0),
+    "… 27 s_init at least, unless h says less": replace(BETS, least=27.0),
+    "… losses count half up to step 16": replace(BETS, losses=0.5, lost_until=16),
+    "… losses count half up to step 32": replace(BETS, losses=0.5, lost_until=32),
+    "… losses count half up to step 81": replace(BETS, losses=0.5, lost_until=81),
+    "… ρ = 2e-3": replace(BETS, share=2e-3, stake=13.5),
+    "… ρ = 3e-3": replace(BETS, share=3e-3, stake=9.0),
+    "… ρ = 0.7e-3, κ = 27": replace(BETS, share=0.7e-3),
+    "… ρ = 2e-3, κ = 27": replace(BETS, share=2e-3),
+    "… ρ = 3e-3, half of Δ is left at 81": replace(BETS, share=3e-3, stake=9.0, left=0.5),
+    "… ρ = 3e-3, Δ does not start again at 81": replace(BETS, share=3e-3, stake=9.0, turns=EARLY[:-1]),
+    "… Δ never starts again": replace(BETS, recentre="never"),
+    "… Δ starts again every nine steps from the start": replace(BETS, recentre="every", first=tuner.SHORT),
+    "… all of a change of the scale is made up for: α = 1": replace(BETS, rescaled=1.0),
+    "… bets are not clipped": replace(BETS, clip=False),
+    "… bets go on to the end": replace(BETS, learns=math.inf, short=0, premium=1.0),
+    "… after T, Δ starts again at 3 T, 9 T, …": replace(BETS, short=0),
+    "… after T, the scale stays": replace(BETS, until=MOST),
+    "… noise counts for nothing": replace(BETS, seen="never"),
+    "… signal is not bounded": replace(BETS, unusual=math.inf),
+    "… the schedule counts in full: π = 1": replace(BETS, premium=1.0),
+    "… what the schedule falls by is made up for once": replace(BETS, again=1.0),
     "… where h is noise, the schedule counts in full: π to the power of c": TWICE,
     "Δ starts again at 1, 3, 9, 27, 81: tripling": TRIPLED,
     "… at 1, 2, 4, 8, 16, 32, 64, 128: doubling": at(*POWERS),
@@ -339,16 +396,16 @@ IDEAS = {
     "… at 1, 3, 9, 27, 81, 216": at(1, 3, 9, 27, 81, 216),
     "… at none: Δ fades by t/(t + 3) until T, α = 0.25": replace(at(), fade=3.0, rescaled=0.25),
     "… at 1, 3, 9, 27, 81, T = 162": replace(TRIPLED, learns=162),
-    "the first scale = 10 s_init": Idea(stake=10.0),
-    "α = 0.35": Idea(rescaled=0.35),
-    "α = 0.25": Idea(rescaled=0.25),
-    "forgetting half each time until T": Idea(kept=0.5),
-    "forgetting half each time until T, β is 1": Idea(kept=0.5, betas=(1.0,)),
+    "the first scale = 10 s_init": replace(BETS, stake=10.0),
+    "α = 0.35": replace(BETS, rescaled=0.35),
+    "α = 0.25": replace(BETS, rescaled=0.25),
+    "forgetting half each time until T": replace(BETS, kept=0.5),
+    "forgetting half each time until T, β is 1": replace(BETS, kept=0.5, betas=(1.0,)),
     "tripling, given the epoch": replace(TOLD_EVEN, recentre="growing"),
-    "losses count 0.8": Idea(losses=0.8),
-    "losses count 0.7": Idea(losses=0.7),
-    "losses count half": Idea(losses=0.5),
-    "losses count half where h is signal": Idea(bounces=0.5),
+    "losses count 0.8": replace(BETS, losses=0.8),
+    "losses count 0.7": replace(BETS, losses=0.7),
+    "losses count half": replace(BETS, losses=0.5),
+    "losses count half where h is signal": replace(BETS, bounces=0.5),
     "losses count in full, given the epoch": TOLD_EVEN,
     "… losses count 0.8, given the epoch": replace(TOLD_EVEN, losses=0.8),
     "… losses count 0.7, given the epoch": replace(TOLD_EVEN, losses=0.7),
@@ -358,7 +415,7 @@ IDEAS = {
     "… losses count a tenth where h is signal, given the epoch": replace(TOLD_EVEN, bounces=0.9),
     "… losses count t/(12 E), but half at least, given the epoch": replace(TOLD_EVEN, lost="half until the sixth"),
     "… losses count (1 + t/E)/(2 + t/E), given the epoch": replace(TOLD_EVEN, lost="half at first, at once more"),
-    "the default, given the epoch": TOLD_NOW,
+    "bets, given the epoch": TOLD_NOW,
     "… all elements count for s_init, given the epoch": replace(TOLD_NOW, counted=False),
     "… a warmup is made up for, given the epoch": replace(TOLD_NOW, warmup=math.inf),
     "… the first scale at once, 30 s_init, given the epoch": replace(
@@ -373,14 +430,14 @@ IDEAS = {
     "… ρ = 3e-3, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0),
     "… ρ = 3e-3, half of Δ is left at 81, given the epoch": replace(TOLD_NOW, share=3e-3, stake=9.0, left=0.5),
     "… Δ does not start again at 81, given the epoch": replace(TOLD_NOW, turns=EARLY[:-1], lasting=False),
-    "h of a point midway": Idea(midway=0.5),
-    "h of a point midway, by half": Idea(midway=0.25),
-    "h of a point midway, by a tenth": Idea(midway=0.1),
+    "h of a point midway": replace(BETS, midway=0.5),
+    "h of a point midway, by half": replace(BETS, midway=0.25),
+    "h of a point midway, by a tenth": replace(BETS, midway=0.1),
     "h of a point midway, by half, given the epoch": replace(TOLD_NOW, midway=0.25),
     "h of a point midway, by half, losses in full, given the epoch": replace(TOLD_EVEN, midway=0.25),
     "h of a point midway, by a tenth, losses in full, given the epoch": replace(TOLD_EVEN, midway=0.1),
-    "h along the coming update": Idea(along=True),
-    "h of an older Δ": Idea(delay=1 / 8),
+    "h along the coming update": replace(BETS, along=True),
+    "h of an older Δ": replace(BETS, delay=1 / 8),
     "h of an older Δ, given the epoch": replace(TOLD_NOW, delay=1 / 8),
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
@@ -537,7 +594,7 @@ IDEAS = {
     "…, a premium of 2 where h is signal, to the power of c²": replace(PREMIUM, premium=2.0, gate=2.0),
     "…, a premium of 3 where h is signal, to the power of c²": replace(PREMIUM, gate=2.0),
     "…, a premium of 4 where h is signal, to the power of c²": replace(PREMIUM, premium=4.0, gate=2.0),
-    "with the epoch given": TOLD,
+    "with the epoch given": TOLD_ONCE,
     "with the epoch given, the premium from T on": EPOCHS,
     "with the epoch given, T after nine, the premium from T on": NINE,
     "…, T after six": replace(NINE, learns_passes=6.0),
@@ -581,7 +638,7 @@ IDEAS = {
     "…, Δ anew every pass": replace(EPOCHS, anew=1.0),
     "…, Δ anew every two passes": replace(EPOCHS, anew=2.0),
     "for 81 steps": replace(ONCE, learns=81),
-    "what repeats uphill counts two thirds": replace(ONCE, uphill=tuner.UPHILL),
+    "what repeats uphill counts two thirds": replace(ONCE, uphill=2 / 3),
     "a noisy step counts a third": replace(ONCE, seen="a third"),
     "noise counts for nothing": replace(ONCE, seen="never"),
     "what the schedule decays is a part of the fall": replace(ONCE, shared=True),
@@ -594,22 +651,22 @@ IDEAS = {
     "with the epoch given, the premium from T on, λ = 0.01 until then, losses count 0.8": replace(
         CHARGED, losses=0.8, seen="before"
     ),
-    "with the epoch given, this pass counts too": replace(TOLD, seen="so far"),
-    "with the epoch given, the root of the passes": replace(TOLD, seen="root"),
-    "with the epoch given, ten passes at most": replace(TOLD, seen="to ten"),
-    "with the epoch given, thirty passes at most": replace(TOLD, seen="to thirty"),
-    "with the epoch given, the root of max(0, e − 1)": replace(TOLD, seen="root of before"),
-    "with the epoch given, to the power of e/(1 + e)": replace(TOLD, seen="once", passes="e/(1 + e)"),
-    "with the epoch given, to the power of 1 − 1/e": replace(TOLD, seen="once", passes="1 - 1/e"),
-    "with the epoch given, a premium of 3 throughout": replace(TOLD, gate=0.0),
-    "with the epoch given, the schedule's decay counted": replace(TOLD, shared=True),
-    "with the epoch given, λ = 0.005 from the first pass on": replace(TOLD, s_decay=0.005, charged="to one"),
-    "with the epoch given, λ = 0.01 from the first pass on": replace(TOLD, s_decay=0.01, charged="to one"),
-    "with the epoch given, λ = 0.01 from the fifth on": replace(TOLD, s_decay=0.01, charged="to one in five"),
-    "with the epoch given, λ = 0.01 (1 − 1/e)": replace(TOLD, s_decay=0.01, charged="1 - 1/e"),
-    "with the epoch given, wins count half after ten": replace(TOLD, wins=10.0),
-    "with the epoch given, T after nine": replace(TOLD, learns_passes=9.0),
-    "with the epoch given, no rise after nine": replace(TOLD, settles=9.0),
+    "with the epoch given, this pass counts too": replace(TOLD_ONCE, seen="so far"),
+    "with the epoch given, the root of the passes": replace(TOLD_ONCE, seen="root"),
+    "with the epoch given, ten passes at most": replace(TOLD_ONCE, seen="to ten"),
+    "with the epoch given, thirty passes at most": replace(TOLD_ONCE, seen="to thirty"),
+    "with the epoch given, the root of max(0, e − 1)": replace(TOLD_ONCE, seen="root of before"),
+    "with the epoch given, to the power of e/(1 + e)": replace(TOLD_ONCE, seen="once", passes="e/(1 + e)"),
+    "with the epoch given, to the power of 1 − 1/e": replace(TOLD_ONCE, seen="once", passes="1 - 1/e"),
+    "with the epoch given, a premium of 3 throughout": replace(TOLD_ONCE, gate=0.0),
+    "with the epoch given, the schedule's decay counted": replace(TOLD_ONCE, shared=True),
+    "with the epoch given, λ = 0.005 from the first pass on": replace(TOLD_ONCE, s_decay=0.005, charged="to one"),
+    "with the epoch given, λ = 0.01 from the first pass on": replace(TOLD_ONCE, s_decay=0.01, charged="to one"),
+    "with the epoch given, λ = 0.01 from the fifth on": replace(TOLD_ONCE, s_decay=0.01, charged="to one in five"),
+    "with the epoch given, λ = 0.01 (1 − 1/e)": replace(TOLD_ONCE, s_decay=0.01, charged="1 - 1/e"),
+    "with the epoch given, wins count half after ten": replace(TOLD_ONCE, wins=10.0),
+    "with the epoch given, T after nine": replace(TOLD_ONCE, learns_passes=9.0),
+    "with the epoch given, no rise after nine": replace(TOLD_ONCE, settles=9.0),
     "beside the first h²": FIRST,
     "beside the first h², long warmups not held": replace(FIRST, holds=False),
     "beside the first h², h over the schedule's factor": replace(FIRST, evens="all", holds=False),
@@ -630,7 +687,7 @@ class Tuner:
     def __init__(self, idea: Idea, stack: Stack) -> None:
         self.steps_per_epoch = stack.task.steps_per_epoch
         if idea.learns_passes < math.inf:
-            passes = max(81, idea.learns_passes * self.steps_per_epoch)
+            passes = max(LEAST, idea.learns_passes * self.steps_per_epoch)
             idea = replace(idea, learns=round(min(passes, idea.learns)))
         if idea.lasting and self.steps_per_epoch > idea.learns:
             idea = replace(idea, turns=idea.turns[:-1])
@@ -688,14 +745,23 @@ class Tuner:
                 e = (self.count + 1) / self.steps_per_epoch
                 weight *= OF_PASSES[idea.charged](e) * learning
             h += weight * (self.product(g, g) / self.product(x, x)).sqrt() * self.product(delta, x)
-        if not self.highest:
-            if idea.s_init is None:
-                counts = self.counted(u, g) if idea.counted else torch.ones_like(x)
-                size = torch.maximum(self.product(x, x * counts), tuner.LEAST_SIZE**2 * self.product(counts, counts))
-                moved = self.product(u, u * counts).sqrt() / (part if idea.by_factor else 1.0)
-                self.start = (idea.share * size.sqrt() / moved).unsqueeze(-1)
-            self.s = (min(idea.triples, idea.stake) * self.start / self.n).expand_as(self.s)
+        if not self.highest or self.count < idea.watched:
+            self.seek(g, x, u, part)
         return self.spread(self.update(h, part))
+
+    def seek(self, g: Tensor, x: Tensor, u: Tensor, part: float) -> None:
+        """Find s_init, (8), or lower it and s."""
+        idea, before = self.idea, self.start
+        if idea.s_init is None:
+            counts = self.counted(u, g) if idea.counted else torch.ones_like(x)
+            size = torch.maximum(self.product(x, x * counts), tuner.LEAST_SIZE**2 * self.product(counts, counts))
+            moved = self.product(u, u * counts).sqrt() / (min(part, 1.0) if idea.by_factor else 1.0)
+            found = (idea.share * size.sqrt() / moved).unsqueeze(-1)
+            self.start = torch.minimum(found, before) if self.highest and not idea.latest else found
+        if self.highest:
+            self.s = self.s * (self.start / before)
+        else:
+            self.s = (min(idea.triples, idea.stake) * self.start / self.n).expand_as(self.s)
 
     def update(self, h: Tensor, part: float) -> Tensor:
         """The next scale of every group, from h and the schedule's factor."""
@@ -722,23 +788,7 @@ class Tuner:
             fall = held * self.fall(h, before, part, held)
             self.scale = (self.premium(part) * fall * self.s).sum(-1)
             return self.scale
-        bound = torch.where(self.m > 0, self.m, torch.inf) if idea.clip else torch.inf
-        bet = torch.minimum(torch.maximum(self.bet(h), -torch.as_tensor(bound)), torch.as_tensor(bound))
-        self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
-        signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
-        passes = self.count / (idea.lost_epoch or self.steps_per_epoch)
-        losses = idea.losses * (OF_PASSES[idea.lost](passes) if idea.lost else 1.0)
-        losses = losses if self.count < idea.lost_until else 1.0
-        losses = losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
-        bet = torch.where(bet > 0, losses * bet, bet / (1 + max(0.0, e - 1) / idea.wins))
-        self.m = torch.maximum(self.betas * self.m, h.abs())
-        self.v = self.betas**2 * self.v + h**2
-        self.r = (self.betas**idea.reward_decay * self.r - self.s * bet).clamp(min=0)
-        if part < 1 and rises > 0 and idea.warmup < math.inf:
-            ceiling = max(idea.warmup, 1 / rises) * self.v.sqrt()
-            self.r = torch.minimum(self.r, self.start / self.n * (ceiling - self.m))
-        rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * self.start / self.n)
-        self.s = torch.where(self.v > 0, (self.start * self.m / self.n + self.r) / self.v.sqrt(), rising)
+        bound = self.learn(h, before, part, rises, e)
         self.s = self.s * self.raised(h, bound) if idea.least else self.s
         scale = self.s.sum(-1)
         settled = part < idea.settle * self.highest or (self.count > 81 and e > idea.settles)
@@ -751,9 +801,45 @@ class Tuner:
             self.rates = [*self.rates, rate] if part > 0 else []
         return self.scale
 
-    def raised(self, h: Tensor, bound: Tensor | float) -> Tensor:
+    def learn(self, h: Tensor, before: Tensor, part: float, rises: float, e: float) -> Tensor:
+        """(2) to (6); what h was bounded by."""
+        idea = self.idea
+        usual = idea.bound * self.v.sqrt() if idea.bound else self.m
+        bound = torch.where(usual > 0, usual, torch.inf) if idea.clip else torch.full_like(usual, torch.inf)
+        bet = torch.maximum(self.bet(h), -bound)
+        bet = torch.minimum(bet, bound) if idea.losses_bound else bet
+        self.alike, self.square = 0.9 * self.alike + h * before, 0.9 * self.square + h**2
+        signal = (self.alike / self.square).nan_to_num(0).clamp(0, 1)
+        passes = self.count / (idea.lost_epoch or self.steps_per_epoch)
+        losses = idea.losses * (OF_PASSES[idea.lost](passes) if idea.lost else 1.0)
+        losses = losses if self.count < idea.lost_until else 1.0
+        losses = losses * (part / self.highest) ** idea.forgiving * (1 - idea.bounces * signal)
+        bet = torch.where(bet > 0, losses * bet, bet / (1 + max(0.0, e - 1) / idea.wins))
+        self.m = torch.maximum(self.betas * self.m, h.abs())
+        bets = idea.learner == "bets"
+        self.v = self.betas**2 * self.v + (h if bets else bet) ** 2
+        self.r = self.betas**idea.reward_decay * self.r - bet * (self.s if bets else 1.0)
+        self.r = self.r.clamp(min=0) if bets else self.r
+        root, start = self.v.sqrt(), self.start / self.n
+        if part < 1 and rises > 0 and idea.warmup < math.inf:
+            ceiling = max(idea.warmup, 1 / rises)
+            most = math.log(ceiling / idea.stake) / idea.pace
+            score = root * (most if most < idea.sure else math.sqrt(most * idea.sure))
+            self.r = torch.minimum(self.r, start * (ceiling * root - self.m) if bets else score)
+        rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * start)
+        if bets:
+            learned = (start * self.m + self.r) / root
+        elif idea.learner == "walk":
+            learned = self.s * torch.exp(-idea.pace * bet / root)
+        else:
+            z = self.r / root
+            learned = idea.stake * start * torch.exp(idea.pace * torch.where(z > idea.sure, z**2 / idea.sure, z))
+        self.s = torch.where(self.v > 0, learned, rising)
+        return bound
+
+    def raised(self, h: Tensor, bound: Tensor) -> Tensor:
         """What the scale is multiplied by, for the sake of `Idea.least`."""
-        clipped = torch.minimum(h.abs(), torch.as_tensor(bound)).mean(-1, True).copysign(h)
+        clipped = torch.minimum(h.abs(), bound).mean(-1, True).copysign(h)
         self.said, self.weighed = 0.999 * self.said + clipped, 0.999**2 * self.weighed + clipped**2
         sure = (2 * self.said / self.weighed.sqrt()).clamp(0, 1)
         floor = self.start * self.idea.least ** (1 - sure)
@@ -863,11 +949,11 @@ def train(stack: Stack, base: str, schedule: str, ideas: list[Idea], steps: int)
         data = chain(first, stack.batches(steps - until))
     if clairvoyant:
         valid = replace(stack.task, train=stack.task.valid)
-        others = Stack(valid, [50 + seed for seed in stack.seeds]).batches(tuner.LEARNS)
+        others = Stack(valid, [50 + seed for seed in stack.seeds]).batches(MOST)
     for step, rows in enumerate(data):
         g = tuned_on = stack.gradient(x, *rows)[0]
         tuned = [step < until and (step < ALWAYS or step % idea.every == 0) for idea in ideas]
-        if others and any(tuned) and not (clairvoyant and step >= tuner.LEARNS):
+        if others and any(tuned) and not (clairvoyant and step >= MOST):
             tuned_on = stack.gradient(x, *next(others))[0]
         part, after = factor(schedule, step, steps), x.clone()
         base_step(base, after, g, *state, torch.tensor(part), step + 1)

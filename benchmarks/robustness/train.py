@@ -66,7 +66,7 @@ GRIDS = {"adamw": (-10, 0), "sgd": (-8, 2), "adam": (-10, 0), "rmsprop": (-11, -
 PLAIN = "plain sgd"  # without momentum, for ideas
 SCHEDULES = ("constant", "cosine", "linear")
 LONG_WARMUP, RESTARTS = FOR_IDEAS = "long warmup", "warm restarts"
-CYCLE = 330  # steps from one restart to the next: the tuner's first steps without bets are the last of the first
+CYCLE = 330  # steps from one restart to the next; the tuner learns in the first half of the first
 
 
 def grid(base: str) -> list[float]:

@@ -120,8 +120,8 @@ class Diagnosis:
             last = [i for i, learns in enumerate(learned) if learns]
             self._tell(
                 "start",
-                f"At step {steps[last[-1]]} the scale is at its start, {scales[last[-1]]:.3g}, or below: at none of the "
-                f"last {len(last)} steps was there a reason to take longer ones. The norm of the gradient was "
+                f"At step {steps[last[-1]]} the scale is at its start, or below, {scales[last[-1]]:.3g}: at none of "
+                f"the last {len(last)} steps was there a reason to take longer ones. The norm of the gradient was "
                 f"{min(gradients):.3g} to {max(gradients):.3g}. There may be nothing to gain (for the held-out rows, "
                 "if there are some), or the optimizer's updates lead uphill: is the gradient zero, or is it that of "
                 "another loss, or does the optimizer maximize? rule='paper' may stay at its start for ever.",

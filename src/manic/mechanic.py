@@ -39,8 +39,9 @@ class Mechanic:
             displacement makes the norm of the parameters grow. ``None`` takes the rule's own, 0 for ``"manic"`` and
             1e-2 for the published ones.
         s_init: where the scale starts from, an underestimate of the effective learning rate over ``internal_lr`` (where
-            that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it at the first update, which
-            moves the parameters by 0.3 % of their norm; the published ones have 1e-8, ``"optax"`` 1e-6.
+            that is ``None``, over lr). ``None`` takes the rule's own: ``"manic"`` finds it from the longest of the
+            first eight updates, and the first step moves the parameters by 0.3 % of their norm; the published ones have
+            1e-8, ``"optax"`` 1e-6.
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
@@ -357,7 +358,7 @@ class Mechanic:
     def _begin(
         self, config: TunerConfig, grad_square: Tensor, param_norm: Tensor, update_norm: Tensor, count: Tensor
     ) -> Tensor:
-        """The scale of the coming move, with an s_init if there was none; `Updater.step` calls this."""
+        """The scale of the coming move, with the s_init that its update allows; `Updater.step` calls this."""
         self._state = tuner.begin(self._state, grad_square, param_norm, update_norm, count, config)
         self._note_start()
         return self._state.scales.sum()
@@ -449,7 +450,7 @@ class Mechanic:
         n = len(config.betas)
         shapes = {name: tuple(getattr(tensor, "shape", "?")) for name, tensor in state_dict["tuner"].items()}
         if shapes != dict.fromkeys(TunerState._fields, (n,)):
-            raise ValueError(f"The tuner's tensors have shapes {shapes}; expected one number for each of {n} betas.")
+            raise ValueError(f"The tuner's tensors have shapes {shapes}; expected ({n},) each.")
         return config
 
     def _configure(self, config: TunerConfig) -> None:

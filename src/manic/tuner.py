@@ -18,8 +18,8 @@ The rule ``manic``, the default, finds where to start from the data, and learns 
     b_t     = h_t, but within ±sqrt(v_{t-1}) once that is not 0                        (2') for (2)
     v_t     = v_{t-1} + b_t²                                                           (3') for (3)
     r_t     = r_{t-1} - b_t                                                            (4') for (4)
-    r_t     ≤ sqrt(v_t) log(max(81, 1/(f_t - F_{t-1})) / κ)   while f_t < 1 rises      (5') for a warmup
-    s_{t+1} = κ s_init exp(r_t / sqrt(v_t))                                            (6') for (6)
+    φ(r_t/sqrt(v_t)) ≤ log(max(81, 1/(f_t - F_{t-1})) / κ)   while f_t < 1 rises       (5') for a warmup
+    s_{t+1} = κ s_init exp φ(r_t/sqrt(v_t)),  φ(z) = z up to z = 2, and z²/2 above     (6') for (6)
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t                                (7') for (7); there α is 1
     Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, 81, T, and then every 9 steps              (9)  in `restarts`
 
@@ -31,7 +31,7 @@ Then it settles. In place of (2) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, 
     π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
     F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
 
-Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: s_init becomes
+Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: s_init is
 s_t / κ, r and v are forgotten, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
 
     s_t ← sqrt(min(1, N'/N)) s_t/π_{t-1}                    (14) in `widen`
@@ -85,12 +85,12 @@ without it (``docs/tried.md``):
   (8') until the first h that is not 0, a run is the same whatever unit the learning rate or the loss is in.
 - *The start* comes from the data (8): a step of s_init moves x by ρ = 1e-3 of its norm, or less. A fixed s_init is too
   small for most models and too large for some. The first update is not always like those after it: momentum makes them
-  longer, and of RAdam the first five are as long as gradients. So the longest of eight counts; s is lowered with s_init,
-  and what h has said stays. The factor f_t keeps a warmup's updates from counting as small ones. Weights
-  of zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). Elements that
+  longer, and of RAdam the first five are as long as gradients. So the longest of eight counts; s is lowered with
+  s_init, and what h has said stays. The factor f_t keeps a warmup's updates from counting as small ones. Weights of
+  zero count as having a root mean square of 1e-3, as in Adafactor (Shazeer and Stern 2018, section 8). Elements that
   have no gradient yet, or are not moved, do not count, neither in x nor in u nor in N: of a large embedding, a batch
-  has few rows. But those of a tensor without any gradient do: a last layer of zeros hides them for a step. The first
-  h that says something is that of step 4, as Δ starts again after steps 1 and 2; up to there s triples, to κ = 9 times
+  has few rows. But those of a tensor without any gradient do: a last layer of zeros hides them for a step. The first h
+  that says something is that of step 4, as Δ starts again after steps 1 and 2; up to there s triples, to κ = 9 times
   s_init.
 - *What h says is weighed by how sure it is.* r / sqrt(v) is the standard score of all h so far: near 0 if they are
   noise, whatever their size and number, and as large as the root of their number if they agree. (3') to (6') are dual
@@ -98,13 +98,16 @@ without it (``docs/tried.md``):
   about e of where it started, and signal multiplies it without bound. The bets of (2) to (6) stake all there is on the
   first h, and lose it to noise in half of all runs: then s falls to s_init and, as 1/√t, below. What is given up is the
   paper's bound on regret, which is linear in s; h s is not convex in log s where h < 0.
+- *The surer, the faster.* Steps that are a hundred thousand times too short, as where targets are in dollars, have to
+  grow for too long with φ(z) = z. From two standard deviations on, z²/2 is what the best constant bet on h would have
+  earned by now (the logarithm of its wealth, which parameter-free methods are built on: McMahan and Orabona 2014).
 - *No h counts for more than all before it* (2'), so that one outlier cannot decide.
-- *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that the
-  way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3 times.
-  Summed from a recent step, it says that the steps since then were too short. A long Δ sees further through noise; a
-  short one sees sooner that the first scale was too large.
-- *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: s would
-  make up for it, rise by as much as f is low, and be too high when f is not. So until then s is at most as many
+- *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that
+  the way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3
+  times. Summed from a recent step, it says that the steps since then were too short. A long Δ sees further through
+  noise; a short one sees sooner that the first scale was too large.
+- *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: s
+  would make up for it, rise by as much as f is low, and be too high when f is not. So until then s is at most as many
   s_init as a warmup of this slope has steps, or 81. What is above it is forgotten, else s would leap in the end.
 - *Past updates follow by half* when the scale changes (7'). In the paper they follow in full, so that s is a point on
   the line along Δ, which losses pull to the best point of that line and not to the best rate: on a noisy one, or in a
@@ -154,6 +157,7 @@ RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 STAKE = 9  # κ: the scale that what h says multiplies, in s_init
+SURE = 2  # standard deviations from which on φ is z²/2
 TRIPLES = 3  # times s, at most, in each step before h says something
 WATCHED = 8  # steps of which (8) takes the longest u
 WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
@@ -324,8 +328,7 @@ def begin(
     x, u and N are of the elements that count, see `manic.kernels.plain.counted`.
 
     Args:
-        state: just after `update`, of a step up to `WATCHED`, or, where there is nothing to find it from, up to the first
-            that has something.
+        state: just after `update`, of a step up to `WATCHED`, or, as long as there is nothing to find it from, later.
         grad_square: ‖g_t‖², of shape (...). Where it is 0, u_t is weight decay alone, and its size says nothing of s.
         param_norm: ‖x_t‖, of the same shape.
         update_norm: ‖u_t / min(f_t, 1)‖, of the same shape.
@@ -413,7 +416,8 @@ def hope(state: TunerState, config: TunerConfig) -> Tensor:
 
     Example:
         >>> config = TunerConfig()
-        >>> [float(hope(init(config)._replace(reward=r, sum_squares=r**2 / 4), config)) for r in torch.tensor([-1., 1.])]
+        >>> told = [init(config)._replace(reward=r, sum_squares=r**2 / 4) for r in torch.tensor([-1.0, 1.0])]
+        >>> [float(hope(state, config)) for state in told]
         [0.0, 2.0]
     """
     return state.reward + 2 * state.sum_squares.sqrt() if config.rule == "manic" else state.reward.clone()
@@ -514,9 +518,11 @@ def _learn(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> Tune
     v = v + b**2  # (3')
     r, root = state.reward - b, v.sqrt()  # (4')
     steps = (1 / (f - state.peak)).clamp(min=WARMUP)
-    r = torch.where((f < 1) & (f > state.peak), torch.minimum(r, root * (steps / STAKE).log()), r)  # (5')
+    highest = root * (2 * (steps / STAKE).log()).sqrt()  # above two standard deviations, as WARMUP / STAKE is 9
+    r = torch.where((f < 1) & (f > state.peak), torch.minimum(r, highest), r)  # (5')
+    z = r / root
     rising = torch.minimum(TRIPLES * s, STAKE * start)  # (8')
-    s = torch.where(v > 0, STAKE * start * (r / root).exp(), rising)  # (6')
+    s = torch.where(v > 0, STAKE * start * torch.where(z > SURE, z**2 / 2, z).exp(), rising)  # (6')
     return state._replace(
         scales=_capped(s, config), reward=r, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
     )

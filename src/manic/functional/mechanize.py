@@ -21,8 +21,9 @@ class MechanizeState(NamedTuple):
     """What a mechanized stepper remembers.
 
     ``base`` is the stepper's own state; ``reference`` (x_ref) and ``delta`` (Δ, in at least float32) are trees like the
-    parameters; ``tuner`` has tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), ``steps``, 0-d,
-    counts the steps that were not skipped, and ``lr``, 0-d, is the rate that the schedule multiplies.
+    parameters; ``tuner`` has tensors of shape (n,), ``betas`` is the tuner's β, of shape (n,), where n is 1 for the
+    rule ``manic``; ``steps``, 0-d, counts the steps that were not skipped, and ``lr``, 0-d, is the rate that the
+    schedule multiplies.
     """
 
     base: Any

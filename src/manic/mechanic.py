@@ -394,7 +394,7 @@ class Mechanic:
         state = self._previous if self.updater._pending else self._state
         return {
             "version": STATE_VERSION,
-            "config": {**asdict(self._config), "betas": list(self._config.betas)},
+            "config": {**asdict(self._config), "betas": list(self._config.betas or ())},
             "tuner": {name: tensor.clone() for name, tensor in state._asdict().items()},
             "scale": self.updater._scale.clone(),  # in force: not the tuner's after a step that was skipped
             "steps": self._steps - self.updater._pending,
@@ -447,7 +447,7 @@ class Mechanic:
                 f"{', '.join(asdict(self._config))}. Load what Mechanic.state_dict() returned, as it was saved."
             )
         config = TunerConfig(**state_dict["config"])
-        n = len(config.betas)
+        n = len(config.betas or ())
         shapes = {name: tuple(getattr(tensor, "shape", "?")) for name, tensor in state_dict["tuner"].items()}
         if shapes != dict.fromkeys(TunerState._fields, (n,)):
             raise ValueError(f"The tuner's tensors have shapes {shapes}; expected ({n},) each.")

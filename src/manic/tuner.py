@@ -302,7 +302,7 @@ def init(config: TunerConfig, device: torch.device | str = "cpu", dtype: torch.d
         >>> init(TunerConfig(rule="paper", betas=(0.9, 0.99))).scales
         tensor([0., 0.], dtype=torch.float64)
     """
-    n = len(config.betas)
+    n = len(config.betas or ())
     zero = torch.zeros(n, device=device, dtype=dtype)
     s, m, start = zero.clone(), zero.clone(), torch.full_like(zero, (config.s_init or 0) / n)
     if config.rule == "optax":

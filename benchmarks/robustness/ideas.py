@@ -70,6 +70,7 @@ class Idea:
         learner: ``"score"`` for (2') to (6') of `manic.tuner`, ``"walk"`` for a log s that each h moves by h/√v from
             where it is, or ``"bets"`` for (2) to (6).
         pace: times what the logarithm of s moves by.
+        quadratic: it moves by half of the square of that throughout.
         sure: the standard score from where on it moves by the square of that, over this; infinite: by that throughout.
         bound: b in a step is at most so many √v; 0: as `clip` says.
         losses_bound: where h > 0, too.
@@ -164,6 +165,7 @@ class Idea:
 
     learner: str = "score"
     pace: float = 1.0
+    quadratic: bool = False
     sure: float = tuner.SURE
     bound: float = 1.0
     losses_bound: bool = True
@@ -291,6 +293,8 @@ IDEAS = {
     "the default": Idea(),
     "… log s walks": Idea(learner="walk"),
     "… log s in proportion to z": Idea(sure=math.inf),
+    "… log s as z²/3 from 3 on": Idea(sure=3.0),
+    "… log s as z²/2 throughout": Idea(quadratic=True),
     "… half as fast": Idea(pace=0.5),
     "… 0.7 times as fast": Idea(pace=0.7),
     "… 1.5 times as fast": Idea(pace=1.5),
@@ -833,7 +837,8 @@ class Tuner:
             learned = self.s * torch.exp(-idea.pace * bet / root)
         else:
             z = self.r / root
-            learned = idea.stake * start * torch.exp(idea.pace * torch.where(z > idea.sure, z**2 / idea.sure, z))
+            moved = z * z.abs() / 2 if idea.quadratic else torch.where(z > idea.sure, z**2 / idea.sure, z)
+            learned = idea.stake * start * torch.exp(idea.pace * moved)
         self.s = torch.where(self.v > 0, learned, rising)
         return bound
 

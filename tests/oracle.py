@@ -6,6 +6,7 @@ Parameters, gradients and updates are flat lists of floats.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -20,14 +21,14 @@ class Oracle:
         x: list[float],
         rule: str,
         *,
-        betas: list[float] = [1.0],  # noqa: B006
+        betas: Sequence[float] = (),
         lam: float,
         s_init: float | None,
         eps: float,
         steps_per_epoch: float | None = None,
         held_out: bool = False,
     ) -> None:
-        betas = [1.0] if rule == "manic" else betas
+        betas = (1.0,) if rule == "manic" else betas
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.steps_per_epoch, self.held_out, self.watches = steps_per_epoch, held_out, s_init is None

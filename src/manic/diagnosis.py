@@ -85,7 +85,7 @@ class Diagnosis:
         """
         if packings != self._packings:
             self._packings, self._largest, self._seen = packings, None, {}
-        self._seen[step] = (learning, scales.clone(), hope, sums.grad_square, sums.param_square)
+        self._seen[step] = (learning, scales.clone(), hope.clone(), sums.grad_square, sums.param_square)
         if step & (step - 1):
             return
         steps = [i for i in range(step - WINDOW + 1, step + 1) if i in self._seen]

@@ -141,10 +141,8 @@ without it (``docs/tried.md``):
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
-import operator
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -385,7 +383,7 @@ def restarts(step: Any, config: TunerConfig) -> Any:
         [1, 2, 4, 8, 27, 81, 162, 171, 180, 189]
     """
     since = step - config.learning_steps
-    early = functools.reduce(operator.or_, (step == turn for turn in TURNS))
+    early = sum(step == turn for turn in TURNS) > 0
     return config.rule == "manic" and (early & (since < 0)) | ((since >= 0) & (since % SHORT == 0))
 
 
@@ -420,7 +418,7 @@ def hope(state: TunerState, config: TunerConfig) -> Tensor:
         >>> [float(hope(state, config)) for state in told]
         [0.0, 2.0]
     """
-    return state.reward + 2 * state.sum_squares.sqrt() if config.rule == "manic" else state.reward.clone()
+    return state.reward + 2 * state.sum_squares.sqrt() if config.rule == "manic" else state.reward
 
 
 def inner_product(sums: Sums, scale: Tensor, config: TunerConfig) -> Tensor:
@@ -479,10 +477,10 @@ def update(
         True
     """
     h = h.to(state.scales.dtype).unsqueeze(-1)
-    f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
-    e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
     if config.rule != "manic":
         return _bet(state, h, betas, config)
+    f = torch.as_tensor(factor, dtype=h.dtype, device=h.device).unsqueeze(-1)
+    e = None if seen is None else seen.to(h.dtype).unsqueeze(-1)
     if not isinstance(learning, Tensor):
         return _learn(state, h, f, config) if learning else _settle(state, h, f, e, config)
     both = zip(_learn(state, h, f, config), _settle(state, h, f, e, config), strict=True)

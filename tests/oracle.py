@@ -32,7 +32,7 @@ class Oracle:
         n = len(betas)
         self.rule, self.betas, self.lam, self.s_init, self.eps = rule, betas, lam, s_init, eps
         self.steps_per_epoch, self.held_out, self.watches = steps_per_epoch, held_out, s_init is None
-        self.learns = 162 if steps_per_epoch is None else round(min(max(81, 12 * steps_per_epoch), 243))
+        self.learns = 108 if steps_per_epoch is None else round(min(max(81, 8 * steps_per_epoch), 243))
         self.learns = 243 if held_out else self.learns
         self.reference = list(x)
         self.delta = [0.0] * len(x)
@@ -76,7 +76,7 @@ class Oracle:
         if self.rule != "manic":
             return [a + sum(self.s) * d for a, d in zip(self.reference, self.delta, strict=True)]
         late = self.steps - self.since - self.learns
-        if self.steps - self.since in (1, 2, 4, 8, 27, 81) or (late >= 0 and late % 9 == 0):
+        if self.steps - self.since in (1, 2, 4, 8, 27) or (late >= 0 and late % 9 == 0):
             self.delta = [0.0] * len(x)
         change = (sum(self.s) - scale) / 2
         return [a + sum(self.s) * ui + change * d for a, ui, d in zip(x, u, before, strict=True)]
@@ -99,12 +99,15 @@ class Oracle:
             pairs = list(zip(weights, self.late, strict=True))
             usual = math.fsum(w * h * h for w, (h, _) in pairs) / math.fsum(w * f * f for w, (_, f) in pairs)
             if usual > 0:
-                noise = self.last**2 / usual - 2 * min(self.last * last / usual, 9)
+                noise = (self.last**2 - 2 * self.last * last) / usual
                 if seen is not None:
                     noise *= seen if last else min(1.0, seen)
                 noise = max(0.0, self.noise + noise)
                 fall *= math.sqrt((81 + self.noise) / (81 + noise))
                 self.noise = noise
+            root = math.sqrt(self.v[0]) * self.peak / before if before else 0.0
+            self.v = [root**2 + min(abs(h), root) ** 2]
+            fall *= root / max(root, min(self.last, last) * self.peak) if root else 1.0
             fall /= self.premium
             rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0
             self.premium = rise if self.top else 1.0

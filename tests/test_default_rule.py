@@ -18,7 +18,7 @@ from manic.functional import SGDConfig, mechanize, sgd_init, sgd_step
 from manic.tuner import LEAST_SIZE, SHARE, STAKE, TRIPLES
 
 FIRST = SHARE * TRIPLES
-T = 162  # the last step that the scale is learned in
+T = 108  # the last step that the scale is learned in
 
 
 def moved(model: torch.nn.Module, start: torch.Tensor) -> float:
@@ -279,7 +279,8 @@ def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
         losses.append(float(loss.detach()))
     assert moves[0] == pytest.approx(FIRST, rel=1e-5)
     assert max(moves[:10]) < 1.5 * math.e * STAKE * SHARE
-    assert losses[-1] < 0.5 * losses[0]
+    assert min(losses) < 0.5 * losses[0]
+    assert losses[-1] < 10 * losses[0]  # with all rows in each batch, losses go on having peaks
 
 
 def test_before_the_search_is_over_the_scale_falls_as_the_schedule_rises_above_one() -> None:
@@ -363,17 +364,17 @@ def test_the_displacement_starts_again_now_and_then(store_delta: bool) -> None:
         updater.step()
         if torch.equal(updater.displacement.slots[model.out.weight].reference, model.out.weight.detach().reshape(-1)):
             restarted_at.append(step)
-    assert restarted_at == [1, 2, 4, 8, 27, 81, *range(T, 300, 9)]
+    assert restarted_at == [1, 2, 4, 8, 27, *range(T, 300, 9)]
 
 
 @pytest.mark.parametrize(
     ("steps_per_epoch", "learns"),
-    [(None, T), (2, 81), (8, 96), (20.2, 242), (20.25, 243), (243, 243), (math.inf, 243)],
+    [(None, T), (2, 81), (12, 96), (30.25, 242), (30.4, 243), (243, 243), (math.inf, 243)],
 )
 def test_and_from_step_t_on_every_nine_steps(steps_per_epoch: float | None, learns: int) -> None:
-    """T is 162, or twelve epochs, but 81 at least and 243 at most."""
+    """T is 108, or eight epochs, but 81 at least and 243 at most."""
     config = tuner.TunerConfig(steps_per_epoch=steps_per_epoch)
-    expected = [*(step for step in (1, 2, 4, 8, 27, 81) if step < learns), *range(learns, 3000, 9)]
+    expected = [1, 2, 4, 8, 27, *range(learns, 3000, 9)]
     assert [step for step in range(1, 3000) if tuner.is_learning(step, config)] == [*range(1, learns + 1)]
     assert [step for step in range(1, 3000) if tuner.restarts(step, config)] == expected
     steps = torch.arange(1, 3000)
@@ -432,8 +433,8 @@ def scales_of(
     return found
 
 
-@pytest.mark.parametrize(("known", "learns"), [({}, T), ({"steps_per_epoch": 11}, 132)])
-def test_the_scale_rises_for_162_steps_or_twelve_epochs_and_no_further(known: dict[str, float], learns: int) -> None:
+@pytest.mark.parametrize(("known", "learns"), [({}, T), ({"steps_per_epoch": 11}, 88)])
+def test_the_scale_rises_for_108_steps_or_eight_epochs_and_no_further(known: dict[str, float], learns: int) -> None:
     """However far downhill Δ points."""
     scales = scales_of(400, lambda step: -1.0, **known)
     assert scales[:learns] == pytest.approx(
@@ -556,10 +557,20 @@ def test_models_at_different_steps_are_tuned_in_one_call() -> None:
         assert torch.equal(torch.stack(one), tensor)
 
 
-def test_a_loss_that_explodes_takes_the_scale_down_even_if_all_of_h_is_signal() -> None:
-    steady, exploding = (scales_of(380, lambda step, base=base: -(base ** max(0, step - 350))) for base in (1.0, 2.0))
-    assert steady[:350] == exploding[:350]
-    assert exploding[-1] < steady[-1] / 3
+@pytest.mark.parametrize("growth", [2.0, 10.0])
+def test_a_loss_that_explodes_takes_the_scale_down_faster_than_it_grows(growth: float) -> None:
+    """Once two h in a row are above the norm of all before."""
+    reached = T + 1 + math.ceil(math.log(math.sqrt(T), growth))
+    scales = scales_of(reached + 10, lambda step: -1.0 if step <= T else growth ** (step - T - 1))
+    assert scales[T] == pytest.approx(scales[T - 1], rel=0.02)
+    for step in range(reached + 5, reached + 10):
+        assert scales[step] / scales[step - 1] < 1 / growth
+
+
+def test_a_single_outlier_does_not() -> None:
+    outlier = {T + 20: 1e6}
+    scales = scales_of(T + 40, lambda step: outlier.get(step, -1.0))
+    assert scales[-1] > 0.5 * scales[T - 1]
 
 
 def test_noise_counts_as_much_as_the_schedule_lets_it() -> None:
@@ -587,7 +598,7 @@ def test_where_h_is_signal_the_rate_rises_as_the_schedule_falls() -> None:
     first, learned = decay(1), decay(T)
     expected = [min(learned**2 / decay(step), first, 3 * decay(step)) for step in range(1, 1201)]
     assert rates[T + 2 :] == pytest.approx(expected[T + 2 :], rel=1e-3)  # the first two of a new Δ are no signal yet
-    assert max(expected[T + 2 :]) == first > 1.15 * learned
+    assert max(expected[T + 2 :]) == first > 1.1 * learned
 
 
 def test_it_stays_where_the_schedule_had_not_fallen_yet() -> None:

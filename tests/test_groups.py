@@ -187,8 +187,8 @@ def test_where_many_join_the_scale_falls_and_is_learned_again(at: int, schedule:
         assert scales[-1] == pytest.approx(sum(oracle.s), rel=1e-6)
     assert relative_difference(torch.cat(ours).detach(), torch.cat(plain).detach()) < 1e-7
     assert float(ours[1].detach().min()) > 0.3
-    assert mechanic.learning_steps == at + 162
-    learned = [after / before - 1 for before, after in zip(scales[at:], scales[at + 1 : at + 162], strict=False)]
+    assert mechanic.learning_steps == at + 108
+    learned = [after / before - 1 for before, after in zip(scales[at:], scales[at + 1 : at + 108], strict=False)]
     assert min(learned) < -0.01
     assert max(learned) > 0.01
 
@@ -219,11 +219,11 @@ def test_a_resumed_run_goes_on_learning(form: str) -> None:
         return {name: part.state_dict() for name, part in parts.items()} | weights, mechanic.learning_steps
 
     whole, learned = run(0, 500)
-    assert learned == 362
+    assert learned == 308
     assert float(whole["body"].min()) > 0.3
     for at in (200, 300):
         resumed, still_learned = run(at, 500, run(0, at)[0])
-        assert still_learned == 362
+        assert still_learned == 308
         for name in ("head", "body"):
             assert torch.equal(whole[name], resumed[name])
 
@@ -255,16 +255,16 @@ def learned_to(
 
 
 def test_a_quarter_are_many() -> None:
-    assert learned_to([9, 3], lambda step: [True, step >= 260])[0] == 162 + 260
-    assert learned_to([10, 3], lambda step: [True, step >= 260])[0] == 162
+    assert learned_to([9, 3], lambda step: [True, step >= 260])[0] == 108 + 260
+    assert learned_to([10, 3], lambda step: [True, step >= 260])[0] == 108
 
 
 def test_those_that_do_not_take_part_do_not_count() -> None:
     """A body that is frozen when a new head comes; a body that is back, which the scale was learned of."""
     learned, scales = learned_to([100, 10], lambda step: [step < 260, step >= 260])
-    assert learned == 162 + 260
+    assert learned == 108 + 260
     assert scales[260] == pytest.approx(scales[259], rel=1e-6)
-    assert learned_to([10, 100], lambda step: [True, not 200 <= step < 260])[0] == 162
+    assert learned_to([10, 100], lambda step: [True, not 200 <= step < 260])[0] == 108
 
 
 def test_nor_do_those_that_left_before_they_were_counted() -> None:
@@ -273,14 +273,14 @@ def test_nor_do_those_that_left_before_they_were_counted() -> None:
             updater.rebase()
             del updater.param_groups[1]
 
-    assert learned_to([4, 12], lambda step: [True, step >= 260], before=leaves)[0] == 162
+    assert learned_to([4, 12], lambda step: [True, step >= 260], before=leaves)[0] == 108
 
 
 def test_a_slow_group_counts_as_its_steps_do() -> None:
     """Those of a hundred elements at a tenth of the rate are as long as those of one."""
-    assert learned_to([9, 200], lambda step: [True, step >= 260], rates=[1.0, 0.1])[0] == 162
+    assert learned_to([9, 200], lambda step: [True, step >= 260], rates=[1.0, 0.1])[0] == 108
     learned, scales = learned_to([9, 300], lambda step: [True, step >= 260], rates=[1.0, 0.1])
-    assert learned == 162 + 260
+    assert learned == 108 + 260
     assert scales[260] / scales[259] == pytest.approx((9 / 12) ** 0.5, rel=1e-6)
 
 
@@ -291,7 +291,7 @@ def test_they_are_seen_whoever_looks_first() -> None:
 
     def other_rows(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
         mechanic.step(tune=False)
-        assert mechanic.learning_steps == (162 if step < 260 else 422)
+        assert mechanic.learning_steps == (108 if step < 260 else 368)
 
     def resumed(updater: Updater, mechanic: Mechanic, parameters: list[nn.Parameter], step: int) -> None:
         rebase(updater, mechanic, parameters, step)
@@ -319,7 +319,7 @@ def test_they_are_seen_whoever_looks_first() -> None:
 
     for before in (rebase, other_rows, resumed, refused, not_finite):
         learned, scales = learned_to([4, 12], lambda step: [True, step >= 260], before=before)
-        assert learned == 162 + 260
+        assert learned == 108 + 260
         assert scales[260] == pytest.approx(scales[259] / 2, rel=1e-6)
 
 
@@ -332,7 +332,7 @@ def test_they_are_seen_between_the_rows_that_are_learned_from_and_those_that_are
         mechanic.step(tune=False)
 
     learned, scales = learned_to([4, 12], lambda step: [True, step > 260], before=unfreeze)
-    assert learned == 162 + 260
+    assert learned == 108 + 260
     assert scales[260] == pytest.approx(scales[259] / 2, rel=0.1)
 
 
@@ -364,7 +364,7 @@ def test_steps_that_were_skipped_do_not_count() -> None:
             parameters[0].grad[0] = torch.nan
 
     learned, scales = learned_to([4, 12], lambda step: [True, step >= 260], before=spoil)
-    assert learned == 162 + 259
+    assert learned == 108 + 259
     assert scales[261] < 0.8 * scales[259]
 
 
@@ -373,7 +373,7 @@ def test_not_under_a_published_rule_and_not_where_ranks_do_not_know() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         group = torch.distributed.group.WORLD
-        assert learned_to([4, 12], lambda step: [True, step >= 260], process_group=group)[0] == 162
+        assert learned_to([4, 12], lambda step: [True, step >= 260], process_group=group)[0] == 108
     finally:
         torch.distributed.destroy_process_group()
 

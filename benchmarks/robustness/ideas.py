@@ -41,6 +41,7 @@ SCORED = {"valid": "the validation loss at the end", "best": "the lowest validat
 
 LEAST, UNKNOWN, MOST = tuner.LEARNS
 EARLY = (1, 2, 4, 8, 16, 32, 81)
+AGAIN = (*TURNS, 81)
 OF_PASSES: dict[str, Callable[[float], float]] = {
     "once": lambda e: 1.0,
     "a third": lambda e: 1 / 3,
@@ -154,6 +155,7 @@ class Idea:
         signal: what h_t h_{t-1} counts for in (11).
         uphill: and that times this where both are above 0.
         unusual: the root of its bound there, in the usual size of h.
+        rescued: after T, the scale falls where two h in a row are above the norm of all before: d of (13).
         outlier: the most that the largest h grows by in a step.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
         width: the mean counts for at most so many standard deviations of h: if h is lost on average, and if it is won.
@@ -182,7 +184,7 @@ class Idea:
     turns: tuple[int, ...] = TURNS
     lasting: bool = False
     left: float = 0.0
-    left_at: tuple[int, ...] = TURNS[-1:]
+    left_at: tuple[int, ...] = (81,)
     first: int = 1
     growth: float = 3.0
     kept: float = 1.0
@@ -239,7 +241,8 @@ class Idea:
     gate: float = 0.0
     signal: float = 2.0
     uphill: float = 1.0
-    unusual: float = tuner.UNUSUAL
+    unusual: float = math.inf
+    rescued: bool = True
     outlier: float = math.inf
     memory: float = 0.0
     width: tuple[float, float] = (math.inf, math.inf)
@@ -251,7 +254,19 @@ class Idea:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOLD = Idea(seen="before", learns=MOST, learns_passes=float(tuner.EPOCHS))
-BETS = Idea(learner="bets", bound=0.0, watched=1, stake=27.0, turns=EARLY, betas=BETAS, learns=MOST)
+BETS = Idea(
+    learner="bets",
+    bound=0.0,
+    watched=1,
+    stake=27.0,
+    turns=EARLY,
+    betas=BETAS,
+    learns=MOST,
+    unusual=3.0,
+    rescued=False,
+)
+SCORE = Idea(turns=AGAIN, learns=162, unusual=3.0, rescued=False)
+SCORE_TOLD = replace(SCORE, seen="before", learns=MOST, learns_passes=12.0)
 IN_20 = replace(BETS, lost="half at first", lost_epoch=20.25)
 MADE_UP = replace(BETS, warmup=math.inf)
 AT_ONCE = replace(MADE_UP, stake=30.0, triples=math.inf)
@@ -291,47 +306,60 @@ def at(*steps: int) -> Idea:
 
 IDEAS = {
     "the default": Idea(),
-    "… log s walks": Idea(learner="walk"),
-    "… log s in proportion to z": Idea(sure=math.inf),
-    "… log s as z²/3 from 3 on": Idea(sure=3.0),
-    "… log s as z²/2 throughout": Idea(quadratic=True),
-    "… half as fast": Idea(pace=0.5),
-    "… 0.7 times as fast": Idea(pace=0.7),
-    "… 1.5 times as fast": Idea(pace=1.5),
-    "… h is bounded by 3 √v": Idea(bound=3.0),
-    "… h is not bounded": Idea(bound=math.inf),
-    "… h is bounded where it is below 0 only": Idea(losses_bound=False),
-    "… κ = 1": Idea(stake=1.0),
-    "… κ = 3": Idea(stake=3.0),
-    "… κ = 27": Idea(stake=27.0),
-    "… s_init by the first update": Idea(watched=1),
-    "… s_init by the first update, h is bounded where it is below 0 only": Idea(watched=1, losses_bound=False),
-    "… s_init by the first update, 0.7 times as fast": Idea(watched=1, pace=0.7),
-    "… s_init by the first update, κ = 3": Idea(watched=1, stake=3.0),
-    "… s_init by the first update, κ = 27": Idea(watched=1, stake=27.0),
-    "… s_init by the eighth update": Idea(latest=True),
-    "… s_init by the longest of sixteen": Idea(watched=16),
     "… T = 81": Idea(learns=LEAST),
-    "… T = 108": Idea(learns=108),
+    "… T = 162": Idea(learns=162),
     "… T = 243": Idea(learns=MOST),
-    "… Δ starts again at 1, 3, 9, 27, 81": Idea(turns=(1, 3, 9, 27, 81)),
-    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81": Idea(turns=EARLY),
-    "… Δ starts again at 1, 2, 9, 27, 81": Idea(turns=(1, 2, 9, 27, 81)),
-    "… Δ does not start again at 81, but at T": Idea(turns=TURNS[:-1]),
-    "… α = 1": Idea(rescaled=1.0),
-    "… α = 0.25": Idea(rescaled=0.25),
+    "… Δ starts again at 1, 2, 4, 8": Idea(turns=TURNS[:-1]),
+    "… Δ starts again at 1, 2, 4, 8, 27, 54": Idea(turns=(*TURNS, 54)),
+    "… Δ starts again at 1, 2, 4, 8, 27, 81": Idea(turns=AGAIN),
+    "… log s as z²/3 from 3 on": Idea(sure=3.0),
+    "… what repeats uphill counts two thirds": Idea(uphill=2 / 3),
+    "… what repeats uphill counts half": Idea(uphill=1 / 2),
+    "… s stays where losses explode": Idea(rescued=False),
     "the default, given the epoch": TOLD,
-    "… κ = 3, given the epoch": replace(TOLD, stake=3.0),
-    "… κ = 27, given the epoch": replace(TOLD, stake=27.0),
-    "… 0.7 times as fast, given the epoch": replace(TOLD, pace=0.7),
-    "… h is bounded where it is below 0 only, given the epoch": replace(TOLD, losses_bound=False),
-    "… h > 0 counts less in the first epochs, given the epoch": replace(TOLD, lost="half at first"),
-    "… what repeats uphill counts two thirds, given the epoch": replace(TOLD, uphill=2 / 3),
-    "… s_init by the first update, given the epoch": replace(TOLD, watched=1),
-    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81, given the epoch": replace(TOLD, turns=EARLY),
-    "… T after twenty, given the epoch": replace(TOLD, learns_passes=20.0),
+    "… T after six, given the epoch": replace(TOLD, learns_passes=6.0),
+    "… T after twelve, given the epoch": replace(TOLD, learns_passes=12.0),
+    "… Δ starts again at 1, 2, 4, 8, 27, 81, given the epoch": replace(TOLD, turns=AGAIN),
+    "… what repeats uphill counts half, given the epoch": replace(TOLD, uphill=1 / 2),
+    "Δ starts again at 81": SCORE,
+    "… log s walks": replace(SCORE, learner="walk"),
+    "… log s in proportion to z": replace(SCORE, sure=math.inf),
+    "… log s as z²/2 throughout": replace(SCORE, quadratic=True),
+    "… half as fast": replace(SCORE, pace=0.5),
+    "… 0.7 times as fast": replace(SCORE, pace=0.7),
+    "… 1.5 times as fast": replace(SCORE, pace=1.5),
+    "… h is bounded by 3 √v": replace(SCORE, bound=3.0),
+    "… h is not bounded": replace(SCORE, bound=math.inf),
+    "… h is bounded where it is below 0 only": replace(SCORE, losses_bound=False),
+    "… κ = 1": replace(SCORE, stake=1.0),
+    "… κ = 3": replace(SCORE, stake=3.0),
+    "… κ = 27": replace(SCORE, stake=27.0),
+    "… s_init by the first update": replace(SCORE, watched=1),
+    "… s_init by the first update, h is bounded where it is below 0 only": replace(
+        SCORE, watched=1, losses_bound=False
+    ),
+    "… s_init by the first update, 0.7 times as fast": replace(SCORE, watched=1, pace=0.7),
+    "… s_init by the first update, κ = 3": replace(SCORE, watched=1, stake=3.0),
+    "… s_init by the first update, κ = 27": replace(SCORE, watched=1, stake=27.0),
+    "… s_init by the eighth update": replace(SCORE, latest=True),
+    "… s_init by the longest of sixteen": replace(SCORE, watched=16),
+    "… Δ starts again at 1, 3, 9, 27, 81": replace(SCORE, turns=(1, 3, 9, 27, 81)),
+    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81": replace(SCORE, turns=EARLY),
+    "… Δ starts again at 1, 2, 9, 27, 81": replace(SCORE, turns=(1, 2, 9, 27, 81)),
+    "… α = 1": replace(SCORE, rescaled=1.0),
+    "… α = 0.25": replace(SCORE, rescaled=0.25),
+    "Δ starts again at 81, given the epoch": SCORE_TOLD,
+    "… κ = 3, given the epoch": replace(SCORE_TOLD, stake=3.0),
+    "… κ = 27, given the epoch": replace(SCORE_TOLD, stake=27.0),
+    "… 0.7 times as fast, given the epoch": replace(SCORE_TOLD, pace=0.7),
+    "… h is bounded where it is below 0 only, given the epoch": replace(SCORE_TOLD, losses_bound=False),
+    "… h > 0 counts less in the first epochs, given the epoch": replace(SCORE_TOLD, lost="half at first"),
+    "… what repeats uphill counts two thirds, given the epoch": replace(SCORE_TOLD, uphill=2 / 3),
+    "… s_init by the first update, given the epoch": replace(SCORE_TOLD, watched=1),
+    "… Δ starts again at 1, 2, 4, 8, 16, 32, 81, given the epoch": replace(SCORE_TOLD, turns=EARLY),
+    "… T after twenty, given the epoch": replace(SCORE_TOLD, learns_passes=20.0),
     "bets": BETS,
-    "… T = 162": replace(BETS, learns=UNKNOWN),
+    "bets, T = 162": replace(BETS, learns=162),
     "… all elements count for s_init": replace(BETS, counted=False),
     "… a warmup is made up for": MADE_UP,
     "… at most 27 s_init in a warmup": replace(BETS, warmup=27.0),
@@ -885,6 +913,10 @@ class Tuner:
             self.late = (self.late + seen * torch.where(usual > 0, noise, 0)).clamp(min=0)
             late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
             left = (idea.counts / late) ** (OF_PASSES[idea.passes](e) if idea.passes else idea.power)
+            if idea.rescued and total.any():
+                root = total.sqrt()
+                self.v = total + torch.minimum(self.before.abs(), root) ** 2
+                left = left * root / torch.maximum(root, torch.minimum(self.before, before))
             if idea.shared:
                 premium = self.premium(part)
                 left = torch.minimum(left * (self.highest / part if part > 0 else math.inf), premium) / premium

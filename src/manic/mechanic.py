@@ -45,9 +45,9 @@ class Mechanic:
         eps: keeps the divisions of the published rules finite, > 0.
         max_scale: the largest scale allowed, in units of the lr given, or ``None``.
         steps_per_epoch: how many steps an epoch takes, usually ``len(loader)``, for the rule ``"manic"``.
-            The scale is then learned for twelve epochs, but for 81 to 243 steps. After that noise lowers it the more,
+            The scale is then learned for eight epochs, but for 81 to 243 steps. After that noise lowers it the more,
             the more often its rows were seen before, and not at all in the first epoch. ``math.inf``: no row comes
-            twice, as where inputs are augmented at random. ``None``: not known; the scale is learned for 162 steps.
+            twice, as where inputs are augmented at random. ``None``: not known; the scale is learned for 108 steps.
         held_out: computes the loss of rows that are not trained on, such as validation rows, and calls its
             ``backward()``. The scale is then learned from these gradients: `step` calls it in each of the first 100
             steps, and in every fourth after them up to `learning_steps`, which is 243, and puts the other gradients
@@ -146,7 +146,7 @@ class Mechanic:
 
     @property
     def learning_steps(self) -> int:
-        """The last step that the scale is learned in: 162, or that of twelve epochs if these are known, from 81 to 243.
+        """The last step that the scale is learned in: 108, or that of eight epochs if these are known, from 81 to 243.
 
         With ``held_out`` it is 243. If many parameters join on the way, it is as many steps after that. With a
         published rule, which learns for as long as a run takes, ``sys.maxsize``.

@@ -21,15 +21,16 @@ The rule ``manic``, the default, finds where to start from the data, and learns 
     φ(r_t/sqrt(v_t)) ≤ log(max(81, 1/(f_t - F_{t-1})) / κ)   while f_t < 1 rises       (5') for a warmup
     s_{t+1} = κ s_init exp φ(r_t/sqrt(v_t)),  φ(z) = z up to z = 2, and z²/2 above     (6') for (6)
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t                                (7') for (7); there α is 1
-    Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, 81, T, and then every 9 steps              (9)  in `restarts`
+    Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, T, and then every 9 steps                 (9)  in `restarts`
 
-Then it settles. In place of (2) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81 and c_t = 81/(81 + z_t)::
+Then it settles. In place of (4) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81, c_t = 81/(81 + z_t) and
+w_t = sqrt(v_{t-1}) F_t/F_{t-1}, which (2') and (3') have in place of sqrt(v_{t-1}), too::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
-    z_t = max(0, z_{t-1} + e_t (k_t²/a_t
-                         - 2 min(k_t k_{t-1}/a_t, 3²)))     (11)
+    z_t = max(0, z_{t-1} + e_t (k_t² - 2 k_t k_{t-1})/a_t)  (11)
     π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
-    F_t s_{t+1}/π_t = F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}) (13)
+    F_t s_{t+1}/π_t = d_t F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}),
+    d_t = w_t / max(w_t, min(h_t, F_t k_{t-1}))             (13)
 
 Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: s_init is
 s_t / κ, r and v are forgotten, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
@@ -42,7 +43,7 @@ letter  name             shape      meaning
 s       ``scales``       (..., n)   one scale per β; their sum is the scale in force
 r       ``reward``       (..., n)   what betting s against h has earned; of ``manic``: minus the sum of b
 m       ``max_product``  (..., n)   decayed maximum of abs h
-v       ``sum_squares``  (..., n)   decayed sum of h²; of ``manic``: sum of b²
+v       ``sum_squares``  (..., n)   decayed sum of h²; of ``manic``: sum of b²; w is its root, for rates as high as now
 q       ``power``        (..., n)   decayed sum of h² since T; a is what h² usually is where f is 1
 p       ``level``        (..., n)   decayed sum of f² since T
 F       ``peak``         (..., n)   the highest f so far
@@ -60,7 +61,7 @@ e       ``seen``         (...)      how often the rows of a step were seen befor
 f       factor           (...)      the schedule's factor: the learning rate over its nominal, that is initial, value
 N       count            number     how many elements x has, in (8) those that count; in (14) those that take part,
                                     each times the square of its group's rate, and N' is that of those that are not new
-T       learning_steps   number     the steps that the tuner learns for: 162; if E is known 12E, from 81 to 243
+T       learning_steps   number     the steps that the tuner learns for: 108; if E is known 8E, from 81 to 243
 ε       ``eps``          number     keeps the divisions finite
 ======  ===============  =========  =============================================================
 
@@ -105,7 +106,8 @@ without it (``docs/tried.md``):
 - *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that
   the way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3
   times. Summed from a recent step, it says that the steps since then were too short. A long Δ sees further through
-  noise; a short one sees sooner that the first scale was too large.
+  noise; a short one sees sooner that the first scale was too large. From step 27 to T it is long: at good rates a net
+  bounces along some directions while it descends along others, and a short Δ has mostly the former.
 - *A warmup stays one*, (5'). Schedules begin low where a net cannot stand more yet, which low rates do not show: s
   would make up for it, rise by as much as f is low, and be too high when f is not. So until then s is at most as many
   s_init as a warmup of this slope has steps, or 81. What is above it is forgotten, else s would leap in the end.
@@ -115,15 +117,17 @@ without it (``docs/tried.md``):
   and between two restarts of Δ.
 - *It stops learning* after T steps. By then s has found its order of magnitude, and what h goes on to say is less about
   the rate than about the data: a net that learns its rows by heart is told to go faster at every step, and a noisy one
-  to go slower. So T is twelve epochs if E is given, within bounds. Six are too few for nets that go on learning from
-  clean rows, and with many more the rate of those that overfit gets too high. If E is not given, T is between the two.
+  to go slower. So T is eight epochs if E is given, within bounds: with many more the rate of nets that overfit gets too
+  high, with fewer that of nets that go on learning is too low. If E is not given, T is nearer to what few rows need.
 - *Then s falls with noise*, (10), (11) and (13). On smooth losses a rate should fall as 1/√t where gradients are noise,
   and stay where they are not (AdaGrad-Norm does both: Ward, Wu and Bottou 2019). The noise of a batch is not that of
   the next, so that the mean of h_t h_{t-1} is that of h² less its noise. Where noise is the larger half, z grows and s
   falls as 1/√t; elsewhere s stays. Δ starts again every 9 steps, since of a longer one h is mostly signal, whatever it
   is that the net learns. What h² usually is, a, is that of some 81 steps (10), so that z is a number of steps even if
-  gradients grow or vanish over a run; one outlier counts as 81 e at most. Signal is taken for 9 a at most: s falls
-  where the loss explodes.
+  gradients grow or vanish over a run; one outlier counts as 81 e at most.
+- *A loss that explodes* takes s down with it, d_t in (13). Where no noise bounds it before T, as with all rows in each
+  batch, s grows until steps are too long, and after T it would stay there. An h above the norm of all before it is
+  unheard of, and twice in a row it is no outlier: then s falls by as much. Gradients that grow otherwise raise v.
 - *Rows that come again* count more, if E is given. Noise of rows that are new averages out; that of rows which it has
   seen many times a net learns by heart. So a step counts in z about as often as its rows were seen before: s does not
   fall in the first epoch, and as 1/t in many. If E is not given, every step counts once.
@@ -161,14 +165,13 @@ WATCHED = 8  # steps of which (8) takes the longest u
 WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
 LEAST_SIZE = 1e-3  # root mean square of x that (8) takes smaller ones for
 RESCALED = 0.5  # α
-LEARNS = 81, 162, 243  # T: at least, if E is not known, at most
-EPOCHS = 12  # T, if E is known
+LEARNS = 81, 108, 243  # T: at least, if E is not known, at most
+EPOCHS = 8  # T, if E is known
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
-TURNS = 1, 2, 4, 8, 27, 81  # steps before T after which Δ starts again
+TURNS = 1, 2, 4, 8, 27  # steps before T after which Δ starts again
 SHORT = 9  # steps that Δ sums up from T on
 PREMIUM = 3  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
-UNUSUAL = 3  # times the usual size of h, from where on all of it counts as noise
 HINTS = {
     "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
     "steps_per_epoch": " It is how many steps an epoch takes, as in len(loader); math.inf if no row comes twice.",
@@ -218,7 +221,7 @@ class TunerConfig:
 
         Example:
             >>> [TunerConfig(steps_per_epoch=steps).learning_steps for steps in (None, 1, 20, 100)]
-            [162, 81, 240, 243]
+            [108, 81, 160, 243]
         """
         if self.rule != "manic":
             return sys.maxsize
@@ -379,8 +382,8 @@ def restarts(step: Any, config: TunerConfig) -> Any:
     """Whether (9) applies after a step, counted from 1; of a number, or element by element of an int64 tensor.
 
     Example:
-        >>> [step for step in range(1, 190) if restarts(step, TunerConfig())]
-        [1, 2, 4, 8, 27, 81, 162, 171, 180, 189]
+        >>> [step for step in range(1, 130) if restarts(step, TunerConfig())]
+        [1, 2, 4, 8, 27, 108, 117, 126]
     """
     since = step - config.learning_steps
     early = sum(step == turn for turn in TURNS) > 0
@@ -391,7 +394,7 @@ def is_learning(step: Any, config: TunerConfig) -> Any:
     """Whether a step, counted from 1, does (2) to (6), and not (10) to (13); of numbers and tensors as `restarts`.
 
     Example:
-        >>> [is_learning(step, TunerConfig()) for step in (162, 163)]
+        >>> [is_learning(step, TunerConfig()) for step in (108, 109)]
         [True, False]
     """
     return config.rule != "manic" or step <= config.learning_steps
@@ -527,24 +530,29 @@ def _learn(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> Tune
 
 
 def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: TunerConfig) -> TunerState:
-    """(10) to (13)."""
+    """(2'), (3') and (10) to (13)."""
     memory = 1 - 1 / USUAL
     q, p = memory * state.power + h**2, memory * state.level + f**2  # (10)
     peak, top = torch.maximum(state.peak, f), torch.maximum(state.top, f)
     k = torch.where(peak > 0, h / peak, h)
     usual = q / p
     weight = 1.0 if e is None else torch.where(state.last == 0, e.clamp(max=1), e)
-    noise = weight * (k**2 / usual - 2 * (k * state.last / usual).clamp(max=UNUSUAL**2))
+    noise = weight * (k**2 - 2 * k * state.last) / usual
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
     rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
     premium = torch.where(top > 0, rise, 1)  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
     fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
-    s = state.scales * (held * fall / state.premium)  # (13), but for π
+    root = state.sum_squares.sqrt() / held
+    v = root**2 + torch.clamp(h, -root, root) ** 2
+    rescue = torch.where(root > 0, root / torch.maximum(root, peak * torch.minimum(k, state.last)), 1)
+    s = state.scales * (held * fall * rescue / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
     s = s * premium
-    return state._replace(scales=s, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k)
+    return state._replace(
+        scales=s, sum_squares=v, power=q, level=p, peak=peak, top=top, noise=z, premium=premium, last=k
+    )
 
 
 def _capped(scales: Tensor, config: TunerConfig) -> Tensor:

@@ -567,6 +567,29 @@ def test_a_loss_that_explodes_takes_the_scale_down_faster_than_it_grows(growth: 
         assert scales[step] / scales[step - 1] < 1 / growth
 
 
+@pytest.mark.parametrize("seed", [3, 14])
+def test_a_net_that_reads_all_rows_in_each_batch_does_not_diverge(seed: int) -> None:
+    """No noise bounds its scale, which grows up to step T: with these seeds until steps are too long."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    x = torch.randn(256, 4)
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
+    mechanic = Mechanic(updater)
+    losses, scales = [], []
+    for _ in range(300):
+        updater.zero_grad()
+        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
+        loss.backward()
+        mechanic.step()
+        updater.step()
+        losses.append(float(loss.detach()))
+        scales.append(float(mechanic.scale))
+    assert max(losses[T:]) > 5 * losses[T - 1]
+    assert max(scales[T:]) == pytest.approx(scales[T - 1], rel=1e-3)
+    assert scales[-1] < scales[T - 1] / 2
+    assert losses[-1] < losses[0]
+
+
 def test_a_single_outlier_does_not() -> None:
     outlier = {T + 20: 1e6}
     scales = scales_of(T + 40, lambda step: outlier.get(step, -1.0))

@@ -66,7 +66,7 @@ def noise(step: int) -> Tensor:
 
 def test_a_scale_that_stays_at_its_start() -> None:
     (message,) = messages(lambda x, step: x + noise(step), Ascent)
-    assert message.startswith("At step 128 the scale is at its start, or below, ")
+    assert message.startswith("At step 108 the scale is at its start, or below, ")
     assert "does the optimizer maximize?" in message
     (message,) = messages(lambda x, step: x + noise(step), Ascent, steps_per_epoch=1)
     assert message.startswith("At step 81 the scale is at its start, or below, ")

@@ -252,34 +252,46 @@ def steep(step: int) -> float:
     return 1 + 999 * (1 - abs(step % 200 - 100) / 100)
 
 
-@pytest.mark.parametrize("kind", ["rises", "starts high", "left by another schedule"])
-def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
-    """A schedule that rises above its start, as a cyclic one, is no warmup."""
-    torch.manual_seed(0)
+def train_on_all_rows(
+    make: Callable[[torch.nn.Module], Updater], seed: int, steps: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Of a small net that reads all rows in each batch: how far each step moves it, its losses and its scales."""
+    torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
     x = torch.randn(256, 4)
-    y = x.prod(1, keepdim=True)
-    base = torch.optim.SGD(model.parameters(), lr=1e-4 if kind == "left by another schedule" else 1.0)
-    factors = {"rises": steep, "starts high": lambda step: 100.0 if step < 3 else 1.0}
-    schedule = LambdaLR(base, factors.get(kind, lambda step: 1.0))
-    if kind == "left by another schedule":
-        base.param_groups[0]["lr"] = 1.0
-        schedule = None
-    updater = Updater(base, schedule)
+    updater = make(model)
     mechanic = Mechanic(updater)
-    moves, losses = [], []
-    for _ in range(400):
+    moves, losses, scales = [], [], []
+    for _ in range(steps):
         before = flat(model)
         updater.zero_grad()
-        loss = (model(x) - y).square().mean()
+        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
         loss.backward()
         mechanic.step()
         updater.step()
         moves.append(relative_difference(flat(model), before))
         losses.append(float(loss.detach()))
+        scales.append(float(mechanic.scale))
+    return moves, losses, scales
+
+
+@pytest.mark.parametrize("kind", ["rises", "starts high", "left by another schedule"])
+def test_nor_does_a_factor_above_one_move_more(kind: str) -> None:
+    """A schedule that rises above its start, as a cyclic one, is no warmup."""
+
+    def make(model: torch.nn.Module) -> Updater:
+        base = torch.optim.SGD(model.parameters(), lr=1e-4 if kind == "left by another schedule" else 1.0)
+        factors = {"rises": steep, "starts high": lambda step: 100.0 if step < 3 else 1.0}
+        schedule = LambdaLR(base, factors.get(kind, lambda step: 1.0))
+        if kind == "left by another schedule":
+            base.param_groups[0]["lr"] = 1.0
+            schedule = None
+        return Updater(base, schedule)
+
+    moves, losses, _ = train_on_all_rows(make, seed=0, steps=400)
     assert moves[0] == pytest.approx(FIRST, rel=1e-5)
     assert max(moves[:10]) < 1.5 * math.e * STAKE * SHARE
-    assert min(losses) < 0.5 * losses[0]
+    assert sorted(losses[-100:])[50] < 0.5 * losses[0]
     assert losses[-1] < 10 * losses[0]  # with all rows in each batch, losses go on having peaks
 
 
@@ -570,20 +582,9 @@ def test_a_loss_that_explodes_takes_the_scale_down_faster_than_it_grows(growth: 
 @pytest.mark.parametrize("seed", [3, 14])
 def test_a_net_that_reads_all_rows_in_each_batch_does_not_diverge(seed: int) -> None:
     """No noise bounds its scale, which grows up to step T: with these seeds until steps are too long."""
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-    x = torch.randn(256, 4)
-    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0))
-    mechanic = Mechanic(updater)
-    losses, scales = [], []
-    for _ in range(300):
-        updater.zero_grad()
-        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
-        loss.backward()
-        mechanic.step()
-        updater.step()
-        losses.append(float(loss.detach()))
-        scales.append(float(mechanic.scale))
+    _, losses, scales = train_on_all_rows(
+        lambda model: Updater(torch.optim.SGD(model.parameters(), lr=1.0)), seed, steps=300
+    )
     assert max(losses[T:]) > 5 * losses[T - 1]
     assert max(scales[T:]) == pytest.approx(scales[T - 1], rel=1e-3)
     assert scales[-1] < scales[T - 1] / 2

@@ -254,19 +254,9 @@ class Idea:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOLD = Idea(seen="before", learns=MOST, learns_passes=float(tuner.EPOCHS))
-BETS = Idea(
-    learner="bets",
-    bound=0.0,
-    watched=1,
-    stake=27.0,
-    turns=EARLY,
-    betas=BETAS,
-    learns=MOST,
-    unusual=3.0,
-    rescued=False,
-)
 SCORE = Idea(turns=AGAIN, learns=162, unusual=3.0, rescued=False)
 SCORE_TOLD = replace(SCORE, seen="before", learns=MOST, learns_passes=12.0)
+BETS = replace(SCORE, learner="bets", bound=0.0, watched=1, stake=27.0, turns=EARLY, betas=BETAS, learns=MOST)
 IN_20 = replace(BETS, lost="half at first", lost_epoch=20.25)
 MADE_UP = replace(BETS, warmup=math.inf)
 AT_ONCE = replace(MADE_UP, stake=30.0, triples=math.inf)
@@ -349,6 +339,8 @@ IDEAS = {
     "… α = 1": replace(SCORE, rescaled=1.0),
     "… α = 0.25": replace(SCORE, rescaled=0.25),
     "Δ starts again at 81, given the epoch": SCORE_TOLD,
+    "… log s in proportion to z, given the epoch": replace(SCORE_TOLD, sure=math.inf),
+    "… log s as z²/2 throughout, given the epoch": replace(SCORE_TOLD, quadratic=True),
     "… κ = 3, given the epoch": replace(SCORE_TOLD, stake=3.0),
     "… κ = 27, given the epoch": replace(SCORE_TOLD, stake=27.0),
     "… 0.7 times as fast, given the epoch": replace(SCORE_TOLD, pace=0.7),

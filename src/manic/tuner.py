@@ -24,7 +24,8 @@ The rule ``manic``, the default, finds where to start from the data, and learns 
     Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, T, and then every 9 steps                 (9)  in `restarts`
 
 Then it settles. In place of (4) to (6), with k_t = h_t / F_t, a_t = q_t / p_t, γ = 1 - 1/81, c_t = 81/(81 + z_t) and
-w_t = sqrt(v_{t-1}) F_t/F_{t-1}, which (2') and (3') have in place of sqrt(v_{t-1}), too::
+w_t = sqrt(v_{t-1}) F_t/F_{t-1}, which (2') and (3') have in place of sqrt(v_{t-1}), too;
+where w_t is 0, d_t is 1::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t² - 2 k_t k_{t-1})/a_t)  (11)

@@ -107,7 +107,7 @@ class Oracle:
                 self.noise = noise
             root = math.sqrt(self.v[0]) * self.peak / before if before else 0.0
             self.v = [root**2 + min(abs(h), root) ** 2]
-            fall *= root / max(root, min(self.last, last) * self.peak) if root else 1.0
+            fall *= root / max(root, min(self.last, abs(last)) * self.peak) if root else 1.0
             fall /= self.premium
             rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0
             self.premium = rise if self.top else 1.0
@@ -123,10 +123,11 @@ class Oracle:
             self.r = [self.r[0] - bet]
             if before < factor < 1:
                 ceiling = max(81, 1 / (factor - before))
-                self.r = [min(self.r[0], math.sqrt(self.v[0] * 2 * math.log(ceiling / 9)))]
+                most = math.log(ceiling / 9)
+                self.r = [min(self.r[0], math.sqrt(self.v[0]) * min(most, math.sqrt(3 * most)))]
             if self.v[0] > 0:
                 z = self.r[0] / math.sqrt(self.v[0])
-                self.s = [9 * (self.s_init or 0.0) * math.exp(z if z <= 2 else z * z / 2)]
+                self.s = [9 * (self.s_init or 0.0) * math.exp(z if z <= 3 else z * z / 3)]
             else:
                 self.s = [min(3 * held * self.s[0], 9 * (self.s_init or 0.0))]
             return

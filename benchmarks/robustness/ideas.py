@@ -254,7 +254,9 @@ class Idea:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOLD = Idea(seen="before", learns=MOST, learns_passes=float(tuner.EPOCHS))
-SCORE = Idea(turns=AGAIN, learns=162, unusual=3.0, rescued=False)
+SOONER = Idea(sure=2.0)
+SOONER_TOLD = replace(TOLD, sure=2.0)
+SCORE = replace(SOONER, turns=AGAIN, learns=162, unusual=3.0, rescued=False)
 SCORE_TOLD = replace(SCORE, seen="before", learns=MOST, learns_passes=12.0)
 BETS = replace(SCORE, learner="bets", bound=0.0, watched=1, stake=27.0, turns=EARLY, betas=BETAS, learns=MOST)
 IN_20 = replace(BETS, lost="half at first", lost_epoch=20.25)
@@ -296,21 +298,49 @@ def at(*steps: int) -> Idea:
 
 IDEAS = {
     "the default": Idea(),
-    "… T = 81": Idea(learns=LEAST),
-    "… T = 162": Idea(learns=162),
-    "… T = 243": Idea(learns=MOST),
-    "… Δ starts again at 1, 2, 4, 8": Idea(turns=TURNS[:-1]),
-    "… Δ starts again at 1, 2, 4, 8, 27, 54": Idea(turns=(*TURNS, 54)),
-    "… Δ starts again at 1, 2, 4, 8, 27, 81": Idea(turns=AGAIN),
-    "… log s as z²/3 from 3 on": Idea(sure=3.0),
-    "… what repeats uphill counts two thirds": Idea(uphill=2 / 3),
-    "… what repeats uphill counts half": Idea(uphill=1 / 2),
-    "… s stays where losses explode": Idea(rescued=False),
+    "without (8): s_init is 1e-8": Idea(s_init=1e-8),
+    "without the longest of eight: s_init by the first update": Idea(watched=1),
+    "without κ: s_init is the first scale": Idea(stake=1.0),
+    "without (2'): h is not bounded": Idea(bound=math.inf),
+    "without (5'): a warmup is made up for": Idea(warmup=math.inf),
+    "without φ: log s in proportion to z": Idea(sure=math.inf),
+    "without (7'): α = 1": Idea(rescaled=1.0),
+    "without (7'): α = 0": Idea(rescaled=0.0),
+    "without (9): Δ never starts again": Idea(recentre="never"),
+    "without a long Δ: it starts again every nine steps": Idea(recentre="every", first=tuner.SHORT),
+    "without T: the scale is learned to the end": Idea(learns=math.inf, short=0, premium=1.0),
+    "without (10) to (13): the scale stays after T": Idea(until=UNKNOWN),
+    "without (11): noise counts for nothing": Idea(seen="never"),
+    "without (12): π = 1": Idea(premium=1.0),
+    "without the square in (12)": Idea(again=1.0),
+    "without d in (13)": Idea(rescued=False),
+    "κ = 12": Idea(stake=12.0),
+    "κ = 15": Idea(stake=15.0),
+    "κ = 27": Idea(stake=27.0),
+    "κ = 15, T = 96": Idea(stake=15.0, learns=96),
+    "κ = 15, T = 81": Idea(stake=15.0, learns=LEAST),
+    "κ = 12, h is bounded by 3 √v": Idea(stake=12.0, bound=3.0),
+    "h is bounded by 3 √v": Idea(bound=3.0),
     "the default, given the epoch": TOLD,
-    "… T after six, given the epoch": replace(TOLD, learns_passes=6.0),
-    "… T after twelve, given the epoch": replace(TOLD, learns_passes=12.0),
-    "… Δ starts again at 1, 2, 4, 8, 27, 81, given the epoch": replace(TOLD, turns=AGAIN),
-    "… what repeats uphill counts half, given the epoch": replace(TOLD, uphill=1 / 2),
+    "without T after eight: T is 243, given the epoch": replace(TOLD, learns_passes=math.inf),
+    "without e: a noisy step counts once, given the epoch": replace(TOLD, seen="once"),
+    "κ = 12, given the epoch": replace(TOLD, stake=12.0),
+    "κ = 15, given the epoch": replace(TOLD, stake=15.0),
+    "log s as z²/2 from 2 on": SOONER,
+    "… T = 81": replace(SOONER, learns=LEAST),
+    "… T = 162": replace(SOONER, learns=162),
+    "… T = 243": replace(SOONER, learns=MOST),
+    "… Δ starts again at 1, 2, 4, 8": replace(SOONER, turns=TURNS[:-1]),
+    "… Δ starts again at 1, 2, 4, 8, 27, 54": replace(SOONER, turns=(*TURNS, 54)),
+    "… Δ starts again at 1, 2, 4, 8, 27, 81": replace(SOONER, turns=AGAIN),
+    "… what repeats uphill counts two thirds": replace(SOONER, uphill=2 / 3),
+    "… what repeats uphill counts half": replace(SOONER, uphill=1 / 2),
+    "… s stays where losses explode": replace(SOONER, rescued=False),
+    "log s as z²/2 from 2 on, given the epoch": SOONER_TOLD,
+    "… T after six, given the epoch": replace(SOONER_TOLD, learns_passes=6.0),
+    "… T after twelve, given the epoch": replace(SOONER_TOLD, learns_passes=12.0),
+    "… Δ starts again at 1, 2, 4, 8, 27, 81, given the epoch": replace(SOONER_TOLD, turns=AGAIN),
+    "… what repeats uphill counts half, given the epoch": replace(SOONER_TOLD, uphill=1 / 2),
     "Δ starts again at 81": SCORE,
     "… log s walks": replace(SCORE, learner="walk"),
     "… log s in proportion to z": replace(SCORE, sure=math.inf),
@@ -388,12 +418,8 @@ IDEAS = {
     "… all of a change of the scale is made up for: α = 1": replace(BETS, rescaled=1.0),
     "… bets are not clipped": replace(BETS, clip=False),
     "… bets go on to the end": replace(BETS, learns=math.inf, short=0, premium=1.0),
-    "… after T, Δ starts again at 3 T, 9 T, …": replace(BETS, short=0),
     "… after T, the scale stays": replace(BETS, until=MOST),
     "… noise counts for nothing": replace(BETS, seen="never"),
-    "… signal is not bounded": replace(BETS, unusual=math.inf),
-    "… the schedule counts in full: π = 1": replace(BETS, premium=1.0),
-    "… what the schedule falls by is made up for once": replace(BETS, again=1.0),
     "… where h is noise, the schedule counts in full: π to the power of c": TWICE,
     "Δ starts again at 1, 3, 9, 27, 81: tripling": TRIPLED,
     "… at 1, 2, 4, 8, 16, 32, 64, 128: doubling": at(*POWERS),
@@ -465,7 +491,6 @@ IDEAS = {
     "h of an older Δ, given the epoch": replace(TOLD_NOW, delay=1 / 8),
     "… T is 243 steps, given the epoch": replace(TOLD_NOW, learns_passes=math.inf),
     "… a noisy step counts once, given the epoch": replace(TOLD_NOW, seen="once"),
-    "… what repeats uphill counts in full: ω = 1, given the epoch": replace(TOLD_NOW, uphill=1.0),
     "published": replace(PUBLISHED, s_init=1e-8),
     "published, s_init 1e-4": replace(PUBLISHED, s_init=1e-4),
     "s_init from the data": FIXED,
@@ -908,7 +933,7 @@ class Tuner:
             if idea.rescued and total.any():
                 root = total.sqrt()
                 self.v = total + torch.minimum(self.before.abs(), root) ** 2
-                left = left * root / torch.maximum(root, torch.minimum(self.before, before))
+                left = left * root / torch.maximum(root, torch.minimum(self.before, before.abs()))
             if idea.shared:
                 premium = self.premium(part)
                 left = torch.minimum(left * (self.highest / part if part > 0 else math.inf), premium) / premium

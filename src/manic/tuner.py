@@ -19,7 +19,7 @@ The rule ``manic``, the default, finds where to start from the data, and learns 
     v_t     = v_{t-1} + b_t²                                                           (3') for (3)
     r_t     = r_{t-1} - b_t                                                            (4') for (4)
     φ(r_t/sqrt(v_t)) ≤ log(max(81, 1/(f_t - F_{t-1})) / κ)   while f_t < 1 rises       (5') for a warmup
-    s_{t+1} = κ s_init exp φ(r_t/sqrt(v_t)),  φ(z) = z up to z = 2, and z²/2 above     (6') for (6)
+    s_{t+1} = κ s_init exp φ(r_t/sqrt(v_t)),  φ(z) = z up to z = 3, and z²/3 above     (6') for (6)
     x_{t+1} = x_t + s_{t+1} u_t + α (s_{t+1} - s_t) Δ_t                                (7') for (7); there α is 1
     Δ_{t+1} ← 0   after t = 1, 2, 4, 8, 27, T, and then every 9 steps                 (9)  in `restarts`
 
@@ -31,7 +31,7 @@ where w_t is 0, d_t is 1::
     z_t = max(0, z_{t-1} + e_t (k_t² - 2 k_t k_{t-1})/a_t)  (11)
     π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
     F_t s_{t+1}/π_t = d_t F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}),
-    d_t = w_t / max(w_t, min(h_t, F_t k_{t-1}))             (13)
+    d_t = w_t / max(w_t, min(h_t, F_t |k_{t-1}|))           (13)
 
 Before a step in which a quarter or more of the elements that take part are new, it starts to learn again: s_init is
 s_t / κ, r and v are forgotten, F is f_t, Δ is 0, and the steps of T and of (9) to (12) count from here::
@@ -101,8 +101,9 @@ without it (``docs/tried.md``):
   first h, and lose it to noise in half of all runs: then s falls to s_init and, as 1/√t, below. What is given up is the
   paper's bound on regret, which is linear in s; h s is not convex in log s where h < 0.
 - *The surer, the faster.* Steps that are a hundred thousand times too short, as where targets are in dollars, have to
-  grow for too long with φ(z) = z. From two standard deviations on, z²/2 is what the best constant bet on h would have
-  earned by now (the logarithm of its wealth, which parameter-free methods are built on: McMahan and Orabona 2014).
+  grow for too long with φ(z) = z. z²/2 is what the best constant bet on h would have earned by now (the logarithm of its
+  wealth, which parameter-free methods are built on: McMahan and Orabona 2014). From three standard deviations on, φ is
+  two thirds of that.
 - *No h counts for more than all before it* (2'), so that one outlier cannot decide.
 - *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that
   the way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3
@@ -128,7 +129,8 @@ without it (``docs/tried.md``):
   gradients grow or vanish over a run; one outlier counts as 81 e at most.
 - *A loss that explodes* takes s down with it, d_t in (13). Where no noise bounds it before T, as with all rows in each
   batch, s grows until steps are too long, and after T it would stay there. An h above the norm of all before it is
-  unheard of, and twice in a row it is no outlier: then s falls by as much. Gradients that grow otherwise raise v.
+  unheard of, and if the one before was, too, it is no outlier: then s falls by as much. (That one may be below 0, as
+  steps that explode change sign.) Gradients that grow otherwise raise v.
 - *Rows that come again* count more, if E is given. Noise of rows that are new averages out; that of rows which it has
   seen many times a net learns by heart. So a step counts in z about as often as its rows were seen before: s does not
   fall in the first epoch, and as 1/t in many. If E is not given, every step counts once.
@@ -160,7 +162,7 @@ RULES = ("manic", "paper", "mechanic_pytorch", "optax")
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 SHARE = 1e-3  # ρ: the share of its norm by which an update of s_init moves x
 STAKE = 9  # κ: the scale that what h says multiplies, in s_init
-SURE = 2  # standard deviations from which on φ is z²/2
+SURE = 3  # standard deviations from which on φ is z²/3
 TRIPLES = 3  # times s, at most, in each step before h says something
 WATCHED = 8  # steps of which (8) takes the longest u
 WARMUP = 81  # steps that a warmup counts as, at least, for the ceiling of s in it
@@ -520,11 +522,12 @@ def _learn(state: TunerState, h: Tensor, f: Tensor, config: TunerConfig) -> Tune
     v = v + b**2  # (3')
     r, root = state.reward - b, v.sqrt()  # (4')
     steps = (1 / (f - state.peak)).clamp(min=WARMUP)
-    highest = root * (2 * (steps / STAKE).log()).sqrt()  # above two standard deviations, as WARMUP / STAKE is 9
+    most = (steps / STAKE).log()
+    highest = root * torch.minimum(most, (SURE * most).sqrt())
     r = torch.where((f < 1) & (f > state.peak), torch.minimum(r, highest), r)  # (5')
     z = r / root
     rising = torch.minimum(TRIPLES * s, STAKE * start)  # (8')
-    s = torch.where(v > 0, STAKE * start * torch.where(z > SURE, z**2 / 2, z).exp(), rising)  # (6')
+    s = torch.where(v > 0, STAKE * start * torch.where(z > SURE, z**2 / SURE, z).exp(), rising)  # (6')
     return state._replace(
         scales=_capped(s, config), reward=r, sum_squares=v, start=start, peak=peak, top=f.expand_as(peak)
     )
@@ -546,7 +549,7 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
     root = state.sum_squares.sqrt() / held
     v = root**2 + torch.clamp(h, -root, root) ** 2
-    rescue = torch.where(root > 0, root / torch.maximum(root, peak * torch.minimum(k, state.last)), 1)
+    rescue = torch.where(root > 0, root / torch.maximum(root, peak * torch.minimum(k, state.last.abs())), 1)
     s = state.scales * (held * fall * rescue / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))

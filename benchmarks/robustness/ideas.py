@@ -79,6 +79,7 @@ class Idea:
         watched: of so many steps the longest u counts for (8).
         latest: the last of them does.
         stake: the scale that what h says multiplies, or of the first bet, in s_init; the published rule has about 100.
+        ramp: it is no more than the first of these, or the second times the number of steps.
         triples: times the scale, at most, in each step before it; infinite: it is the first scale.
         warmup: while the schedule's factor rises below 1, the scale stays below this, or the warmup's steps, in s_init.
         by_factor: divide the first update by the schedule's factor.
@@ -176,6 +177,7 @@ class Idea:
     watched: int = tuner.WATCHED
     latest: bool = False
     stake: float = tuner.STAKE
+    ramp: tuple[float, float] = (math.inf, 0.0)
     triples: float = tuner.TRIPLES
     warmup: float = tuner.WARMUP
     by_factor: bool = True
@@ -336,6 +338,9 @@ IDEAS = {
     "… what repeats uphill counts two thirds": replace(SOONER, uphill=2 / 3),
     "… what repeats uphill counts half": replace(SOONER, uphill=1 / 2),
     "… s stays where losses explode": replace(SOONER, rescued=False),
+    "… κ rises to 27 from 1 by 1": replace(SOONER, stake=27.0, ramp=(1.0, 1.0)),
+    "… κ rises to 27 from 3 by 1/3": replace(SOONER, stake=27.0, ramp=(3.0, 1 / 3)),
+    "z²/4 from 4 on": Idea(sure=4.0),
     "log s as z²/2 from 2 on, given the epoch": SOONER_TOLD,
     "… T after six, given the epoch": replace(SOONER_TOLD, learns_passes=6.0),
     "… T after twelve, given the epoch": replace(SOONER_TOLD, learns_passes=12.0),
@@ -810,7 +815,7 @@ class Tuner:
         if self.highest:
             self.s = self.s * (self.start / before)
         else:
-            self.s = (min(idea.triples, idea.stake) * self.start / self.n).expand_as(self.s)
+            self.s = (min(idea.triples, idea.stake, idea.ramp[0]) * self.start / self.n).expand_as(self.s)
 
     def update(self, h: Tensor, part: float) -> Tensor:
         """The next scale of every group, from h and the schedule's factor."""
@@ -875,7 +880,8 @@ class Tuner:
             most = math.log(ceiling / idea.stake) / idea.pace
             score = root * (most if most < idea.sure else math.sqrt(most * idea.sure))
             self.r = torch.minimum(self.r, start * (ceiling * root - self.m) if bets else score)
-        rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, idea.stake * start)
+        stake = min(idea.stake, max(idea.ramp[0], idea.ramp[1] * self.count))
+        rising = self.s if self.count == 1 else torch.minimum(idea.triples * self.s, stake * start)
         if bets:
             learned = (start * self.m + self.r) / root
         elif idea.learner == "walk":
@@ -883,7 +889,7 @@ class Tuner:
         else:
             z = self.r / root
             moved = z * z.abs() / 2 if idea.quadratic else torch.where(z > idea.sure, z**2 / idea.sure, z)
-            learned = idea.stake * start * torch.exp(idea.pace * moved)
+            learned = stake * start * torch.exp(idea.pace * moved)
         self.s = torch.where(self.v > 0, learned, rising)
         return bound
 

@@ -101,9 +101,9 @@ without it (``docs/tried.md``):
   first h, and lose it to noise in half of all runs: then s falls to s_init and, as 1/√t, below. What is given up is the
   paper's bound on regret, which is linear in s; h s is not convex in log s where h < 0.
 - *The surer, the faster.* Steps that are a hundred thousand times too short, as where targets are in dollars, have to
-  grow for too long with φ(z) = z. z²/2 is what the best constant bet on h would have earned by now (the logarithm of its
-  wealth, which parameter-free methods are built on: McMahan and Orabona 2014). From three standard deviations on, φ is
-  two thirds of that.
+  grow for too long with φ(z) = z. From three standard deviations on, z²/3 is two thirds of what the best constant bet
+  on h would have earned by now (the logarithm of its wealth, which parameter-free methods are built on: McMahan and
+  Orabona 2014). All of it, from two on, makes s leap, and some nets do not come back from a step that is too long.
 - *No h counts for more than all before it* (2'), so that one outlier cannot decide.
 - *Δ starts again* every now and then (9); r and v go on. Summed from the start of the run, <Δ, g> < 0 only says that
   the way from there is still downhill. It is so long after steps have become too large, and s overshoots by 2 to 3

@@ -79,7 +79,7 @@ class Idea:
         watched: of so many steps the longest u counts for (8).
         latest: the last of them does.
         stake: the scale that what h says multiplies, or of the first bet, in s_init; the published rule has about 100.
-        ramp: it is no more than the first of these, or the second times the number of steps.
+        ramp: it is no more than the first of these, or the second times the number of steps, whichever is more.
         triples: times the scale, at most, in each step before it; infinite: it is the first scale.
         warmup: while the schedule's factor rises below 1, the scale stays below this, or the warmup's steps, in s_init.
         by_factor: divide the first update by the schedule's factor.

@@ -109,8 +109,8 @@ class Oracle:
             self.v = [root**2 + min(abs(h), root) ** 2]
             fall *= root / max(root, min(self.last, abs(last)) * self.peak) if root else 1.0
             fall /= self.premium
-            rise = min(3.0, (self.top / factor) ** 2, self.peak / factor) if factor else 3.0
-            self.premium = rise if self.top else 1.0
+            late = (min(9.0, self.top / factor) if factor else 9.0) if self.top else 1.0
+            self.premium = late ** (81 / (81 + self.noise))
             self.s = [s * fall * self.premium for s in self.s]
             return
         if self.rule == "manic":

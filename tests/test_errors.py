@@ -37,7 +37,7 @@ def sgd(lr: Any = 1.0, **options: Any) -> torch.optim.SGD:
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
         ({"betas": (-0.1,)}, r"betas is \(-0.1,\)"),
         ({"betas": (0.9, 0.99)}, r"betas is \(0.9, 0.99\) with rule='manic'; expected None.*Leave it out"),
-        ({"s_init": 0.0}, "s_init is 0.0; expected a finite number > 0.*try 1e-8"),
+        ({"s_init": 0.0}, "s_init is 0.0; expected a finite number > 0.*Leave it out"),
         ({"s_init": -1.0}, "s_init is -1.0"),
         ({"eps": 0.0}, "eps is 0.0; expected a finite number > 0"),
         ({"s_decay": -1e-3}, "s_decay is -0.001; expected a finite number >= 0"),

@@ -238,9 +238,9 @@ class Idea:
     mean_of: str = "rates"
     arithmetic: bool = False
     rises: float = 1.0
-    again: float = 2.0
+    again: float = 1.0
     climbs: float = 0.0
-    gate: float = 0.0
+    gate: float = 1.0
     signal: float = 2.0
     uphill: float = 1.0
     unusual: float = math.inf
@@ -256,8 +256,10 @@ class Idea:
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOLD = Idea(seen="before", learns=MOST, learns_passes=float(tuner.EPOCHS))
-SOONER = Idea(sure=2.0)
-SOONER_TOLD = replace(TOLD, sure=2.0)
+SQUARED = Idea(again=2.0, gate=0.0, premium=3.0)
+SQUARED_TOLD = replace(TOLD, again=2.0, gate=0.0, premium=3.0)
+SOONER = replace(SQUARED, sure=2.0)
+SOONER_TOLD = replace(SQUARED_TOLD, sure=2.0)
 SCORE = replace(SOONER, turns=AGAIN, learns=162, unusual=3.0, rescued=False)
 SCORE_TOLD = replace(SCORE, seen="before", learns=MOST, learns_passes=12.0)
 BETS = replace(SCORE, learner="bets", bound=0.0, watched=1, stake=27.0, turns=EARLY, betas=BETAS, learns=MOST)
@@ -314,20 +316,39 @@ IDEAS = {
     "without (10) to (13): the scale stays after T": Idea(until=UNKNOWN),
     "without (11): noise counts for nothing": Idea(seen="never"),
     "without (12): π = 1": Idea(premium=1.0),
-    "without the square in (12)": Idea(again=1.0),
+    "without c in (12)": Idea(gate=0.0),
     "without d in (13)": Idea(rescued=False),
-    "κ = 12": Idea(stake=12.0),
-    "κ = 15": Idea(stake=15.0),
-    "κ = 27": Idea(stake=27.0),
-    "κ = 15, T = 96": Idea(stake=15.0, learns=96),
-    "κ = 15, T = 81": Idea(stake=15.0, learns=LEAST),
-    "κ = 12, h is bounded by 3 √v": Idea(stake=12.0, bound=3.0),
-    "h is bounded by 3 √v": Idea(bound=3.0),
+    "π is at most 27": Idea(premium=27.0),
+    "π is at most 81": Idea(premium=81.0),
+    "π is at most 3": Idea(premium=3.0),
+    "π is at most 3, to the power of √c": Idea(gate=0.5, premium=3.0),
+    "π is at most 3, to the power of c²": Idea(gate=2.0, premium=3.0),
+    "π is at most 3, without c in (12)": Idea(gate=0.0, premium=3.0),
+    "π is at most 2, without c in (12)": Idea(gate=0.0, premium=2.0),
     "the default, given the epoch": TOLD,
     "without T after eight: T is 243, given the epoch": replace(TOLD, learns_passes=math.inf),
     "without e: a noisy step counts once, given the epoch": replace(TOLD, seen="once"),
-    "κ = 12, given the epoch": replace(TOLD, stake=12.0),
-    "κ = 15, given the epoch": replace(TOLD, stake=15.0),
+    "without (12): π = 1, given the epoch": replace(TOLD, premium=1.0),
+    "without c in (12), given the epoch": replace(TOLD, gate=0.0),
+    "π is at most 27, given the epoch": replace(TOLD, premium=27.0),
+    "π is at most 81, given the epoch": replace(TOLD, premium=81.0),
+    "π is at most 3, given the epoch": replace(TOLD, premium=3.0),
+    "π is at most 3, to the power of √c, given the epoch": replace(TOLD, gate=0.5, premium=3.0),
+    "π is at most 3, to the power of c², given the epoch": replace(TOLD, gate=2.0, premium=3.0),
+    "π is at most 3, without c in (12), given the epoch": replace(TOLD, gate=0.0, premium=3.0),
+    "π is at most 2, without c in (12), given the epoch": replace(TOLD, gate=0.0, premium=2.0),
+    "the schedule is made up for twice": SQUARED,
+    "κ = 12": replace(SQUARED, stake=12.0),
+    "κ = 15": replace(SQUARED, stake=15.0),
+    "κ = 27": replace(SQUARED, stake=27.0),
+    "κ = 15, T = 96": replace(SQUARED, stake=15.0, learns=96),
+    "κ = 15, T = 81": replace(SQUARED, stake=15.0, learns=LEAST),
+    "κ = 12, h is bounded by 3 √v": replace(SQUARED, stake=12.0, bound=3.0),
+    "h is bounded by 3 √v": replace(SQUARED, bound=3.0),
+    "z²/4 from 4 on": replace(SQUARED, sure=4.0),
+    "the schedule is made up for twice, given the epoch": SQUARED_TOLD,
+    "κ = 12, given the epoch": replace(SQUARED_TOLD, stake=12.0),
+    "κ = 15, given the epoch": replace(SQUARED_TOLD, stake=15.0),
     "log s as z²/2 from 2 on": SOONER,
     "… T = 81": replace(SOONER, learns=LEAST),
     "… T = 162": replace(SOONER, learns=162),
@@ -340,7 +361,6 @@ IDEAS = {
     "… s stays where losses explode": replace(SOONER, rescued=False),
     "… κ rises to 27 from 1 by 1": replace(SOONER, stake=27.0, ramp=(1.0, 1.0)),
     "… κ rises to 27 from 3 by 1/3": replace(SOONER, stake=27.0, ramp=(3.0, 1 / 3)),
-    "z²/4 from 4 on": Idea(sure=4.0),
     "log s as z²/2 from 2 on, given the epoch": SOONER_TOLD,
     "… T after six, given the epoch": replace(SOONER_TOLD, learns_passes=6.0),
     "… T after twelve, given the epoch": replace(SOONER_TOLD, learns_passes=12.0),

@@ -65,7 +65,7 @@ def lr_of(half_decades: int) -> float:
 GRIDS = {"adamw": (-10, 0), "sgd": (-8, 2), "adam": (-10, 0), "rmsprop": (-11, -1), "lion": (-12, -2)}
 PLAIN = "plain sgd"  # without momentum, for ideas
 SCHEDULES = ("constant", "cosine", "linear")
-LONG_WARMUP, RESTARTS = FOR_IDEAS = "long warmup", "warm restarts"
+LONG_WARMUP, RESTARTS, STEPS = FOR_IDEAS = "long warmup", "warm restarts", "steps"
 CYCLE = 330  # steps from one restart to the next; the tuner learns in the first half of the first
 
 
@@ -81,6 +81,8 @@ def factor(schedule: str, step: int, steps: int) -> float:
         return 1.0
     if schedule == "linear":
         return 1 - step / steps
+    if schedule == STEPS:
+        return 0.1 ** ((step >= steps / 2) + (step >= 3 * steps / 4))
     if schedule == LONG_WARMUP:
         return min(1.0, (step + 1) / (0.4 * steps))
     if schedule == RESTARTS:

@@ -29,7 +29,7 @@ where w_t is 0, d_t is 1::
 
     q_t = γ q_{t-1} + h_t²,  p_t = γ p_{t-1} + f_t²         (10)
     z_t = max(0, z_{t-1} + e_t (k_t² - 2 k_t k_{t-1})/a_t)  (11)
-    π_t = min((G_t/f_t)², F_t/f_t, 3)                       (12)
+    π_t = min(G_t/f_t, 9)^c_t                               (12)
     F_t s_{t+1}/π_t = d_t F_{t-1} s_t/π_{t-1} sqrt(c_t/c_{t-1}),
     d_t = w_t / max(w_t, min(h_t, F_t |k_{t-1}|))           (13)
 
@@ -134,11 +134,10 @@ without it (``docs/tried.md``):
 - *Rows that come again* count more, if E is given. Noise of rows that are new averages out; that of rows which it has
   seen many times a net learns by heart. So a step counts in z about as often as its rows were seen before: s does not
   fall in the first epoch, and as 1/t in many. If E is not given, every step counts once.
-- *Schedules that decay* are made up for (12). Rates that are best under them are mostly 3 times those that are best
-  without: steps that bounce are no loss if they are short in the end. That higher ones would pay is not to be seen
-  while they do not. So what the schedule falls by from T on is made up for twice: the rate rises by as much, to that of
-  the schedule's peak at most, and falls once it is 3 times what the schedule has. A rate that leaps to where nothing
-  has been learned of it is one that plain SGD does not survive.
+- *Schedules that decay* do so later (12). The best rates under them are mostly 3 times those that are best without:
+  steps that bounce are no loss if they are short in the end. That higher ones would pay is not to be seen while they
+  do not. So from T on the rate follows min(G, 9 f) in place of f: it stays until it is 9 times what the schedule has,
+  and falls with it from there. The more noise has lowered it by then, the less it gains by that.
 - *Schedules that rise* above where s was learned are held at that rate: s falls by as much as F rises (13). So do s and
   s_init before T where F rises above 1, which is no warmup.
 - *New parameters* lower s, which is learned again (14). A scale that was learned of some, such as a head trained alone,
@@ -173,10 +172,10 @@ EPOCHS = 8  # T, if E is known
 USUAL = 81  # steps that q and p look back on; as many of noise take 1/√2 of s
 TURNS = 1, 2, 4, 8, 27  # steps before T after which Δ starts again
 SHORT = 9  # steps that Δ sums up from T on
-PREMIUM = 3  # times what the schedule has: the most that a rate is
+PREMIUM = 9  # times what the schedule has: the most that a rate is
 MANY = 1 / 4  # the share of the elements that have to be new for (14)
 HINTS = {
-    "s_init": " The scale grows from s_init, so it has to start above zero: try 1e-8.",
+    "s_init": " The scale grows from s_init, so it has to start above zero. Leave it out for the rule's own.",
     "steps_per_epoch": " It is how many steps an epoch takes, as in len(loader); math.inf if no row comes twice.",
 }
 
@@ -543,14 +542,13 @@ def _settle(state: TunerState, h: Tensor, f: Tensor, e: Tensor | None, config: T
     weight = 1.0 if e is None else torch.where(state.last == 0, e.clamp(max=1), e)
     noise = weight * (k**2 - 2 * k * state.last) / usual
     z = (state.noise + torch.where(q > 0, noise, 0)).clamp(min=0)  # (11)
-    rise = torch.minimum((top / f) ** 2, peak / f).clamp(max=PREMIUM)
-    premium = torch.where(top > 0, rise, 1)  # (12)
+    before, c = USUAL / (USUAL + state.noise), USUAL / (USUAL + z)
+    premium = torch.where(top > 0, (top / f).clamp(max=PREMIUM), 1) ** c  # (12)
     held = torch.where(state.peak > 0, state.peak / peak, 1)
-    fall = ((USUAL + state.noise) / (USUAL + z)).sqrt()
     root = state.sum_squares.sqrt() / held
     v = root**2 + torch.clamp(h, -root, root) ** 2
     rescue = torch.where(root > 0, root / torch.maximum(root, peak * torch.minimum(k, state.last.abs())), 1)
-    s = state.scales * (held * fall * rescue / state.premium)  # (13), but for π
+    s = state.scales * (held * (c / before).sqrt() * rescue / state.premium)  # (13), but for π
     if config.max_scale is not None:
         premium = torch.minimum(premium, config.max_scale / s.sum(-1, keepdim=True))
     s = s * premium

@@ -77,12 +77,10 @@ def grid(base: str) -> list[float]:
 
 def factor(schedule: str, step: int, steps: int) -> float:
     """What the learning rate is multiplied by in a step, the first of which is number 0."""
-    if schedule == "constant":
-        return 1.0
+    if schedule in ("constant", STEPS):
+        return 0.1 ** ((step >= steps / 2) + (step >= 3 * steps / 4)) if schedule == STEPS else 1.0
     if schedule == "linear":
         return 1 - step / steps
-    if schedule == STEPS:
-        return 0.1 ** ((step >= steps / 2) + (step >= 3 * steps / 4))
     if schedule == LONG_WARMUP:
         return min(1.0, (step + 1) / (0.4 * steps))
     if schedule == RESTARTS:

@@ -623,8 +623,8 @@ def test_where_h_is_signal_the_rate_stays_until_it_is_nine_times_what_the_schedu
         scales = scales_of(1200, lambda step: -1.0, schedule)
         rates = [scale * schedule(step) / scales[T - 1] for step, scale in enumerate(scales, 1)]
         expected = [min(schedule(T), 9 * schedule(step)) for step in range(1, 1201)]
-        late = slice(T + 2, None)  # the first two of a new Δ are no signal yet
-        assert rates[late] == pytest.approx(expected[late], rel=1e-3)
+        settled = slice(T + 2, None)  # the first two of a new Δ are no signal yet
+        assert rates[settled] == pytest.approx(expected[settled], rel=1e-3)
         assert expected[T] > 0.8
         assert expected[-1] < 0.5
 

@@ -90,8 +90,9 @@ def test_equals_mechanic_and_updater(name, reference, options, tuner):
     assert loss(theirs, 0) < loss(start, 0)
     assert scales[-1] > 0
     if "rule" not in tuner:  # two steps were skipped
-        changes = [abs(scale / scales[244] - 1) for scale in scales[245:]]
-        assert max(changes) > 0.02 or scales[244:] == pytest.approx((tuner.get("max_scale"),) * len(scales[244:]))
+        learned = mechanic.learning_steps
+        changes = [abs(scale / scales[learned] - 1) for scale in scales[learned:]]
+        assert max(changes) > 0.1 or scales[244:] == pytest.approx((tuner.get("max_scale"),) * len(scales[244:]))
     if tuner.get("rule") != "paper":
         assert min(products) < 0 < max(products)
 

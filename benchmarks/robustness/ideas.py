@@ -156,6 +156,7 @@ class Idea:
         signal: what h_t h_{t-1} counts for in (11).
         uphill: and that times this where both are above 0.
         unusual: the root of its bound there, in the usual size of h.
+        known: it counts as that of rows that were seen so many times before, at most.
         rescued: after T, the scale falls where two h in a row are above the norm of all before: d of (13).
         outlier: the most that the largest h grows by in a step.
         memory: the decay rate of that mean; with 0 it is h, and the bets are 0.
@@ -244,6 +245,7 @@ class Idea:
     signal: float = 2.0
     uphill: float = 1.0
     unusual: float = math.inf
+    known: float = math.inf
     rescued: bool = True
     outlier: float = math.inf
     memory: float = 0.0
@@ -337,6 +339,13 @@ IDEAS = {
     "π is at most 3, to the power of c², given the epoch": replace(TOLD, gate=2.0, premium=3.0),
     "π is at most 3, without c in (12), given the epoch": replace(TOLD, gate=0.0, premium=3.0),
     "π is at most 2, without c in (12), given the epoch": replace(TOLD, gate=0.0, premium=2.0),
+    "what repeats uphill counts three quarters, given the epoch": replace(TOLD, uphill=3 / 4),
+    "what repeats uphill counts two thirds, given the epoch": replace(TOLD, uphill=2 / 3),
+    "what repeats uphill counts half, given the epoch": replace(TOLD, uphill=1 / 2),
+    "what repeats uphill counts for nothing, given the epoch": replace(TOLD, uphill=0.0),
+    "signal counts as seen 9 times at most, given the epoch": replace(TOLD, known=9.0),
+    "signal counts as seen 27 times at most, given the epoch": replace(TOLD, known=27.0),
+    "signal counts as seen 81 times at most, given the epoch": replace(TOLD, known=81.0),
     "the schedule is made up for twice": SQUARED,
     "κ = 12": replace(SQUARED, stake=12.0),
     "κ = 15": replace(SQUARED, stake=15.0),
@@ -949,11 +958,11 @@ class Tuner:
                     self.most = usual = torch.maximum(self.most, usual)
             signal = idea.signal * (self.before * before / usual).clamp(max=idea.unusual**2)
             signal = torch.where((self.before > 0) & (before > 0), idea.uphill * signal, signal)
-            noise = self.before**2 / usual - signal
             e = self.count / self.steps_per_epoch
             seen = torch.full_like(h, OF_PASSES[idea.seen](e))
             seen = torch.where(before == 0, seen.clamp(max=1), seen)
-            self.late = (self.late + seen * torch.where(usual > 0, noise, 0)).clamp(min=0)
+            noise = seen * self.before**2 / usual - seen.clamp(max=idea.known) * signal
+            self.late = (self.late + torch.where(usual > 0, noise, 0)).clamp(min=0)
             late = self.late.clamp(min=idea.counts) if idea.free else idea.counts + self.late
             left = (idea.counts / late) ** (OF_PASSES[idea.passes](e) if idea.passes else idea.power)
             if idea.rescued and total.any():

@@ -424,8 +424,20 @@ def few_lines() -> Task:
     return replace(whole, name="few lines", train=tuple(part[:400] for part in whole.train), batch=32)
 
 
+def usage() -> Task:
+    """How often does a module use a word? log(1 + count) over modules of 40 kB or more and their 200 commonest words."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    names = [file.stem for file in files if file.stat().st_size > 40_000]
+    used = [Counter(module_text(name).decode(errors="replace").split()) for name in names]
+    common = [word for word, _ in Counter(itertools.chain(*(one.elements() for one in used))).most_common(200)]
+    counts = torch.tensor([[float(one[word]) for word in common] for one in used])
+    pairs = torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(common)))
+    train, valid = split(pairs, counts.log1p().flatten())
+    return Task("usage", lambda: Factors(len(names), len(common)), squared_error, train, valid, batch=256)
+
+
 CHOOSING = (diabetes, convolution, augmented, transformer, autoencoder, lines, new_digits)
 REPORTED = (tumours, residual, recurrent, factors, picture, new_text)
-APART = (deep, residual_lines, residual_autoencoder, parities, few_lines)  # for ideas
+APART = (deep, residual_lines, residual_autoencoder, parities, few_lines, usage)  # for ideas
 TASKS = {function.__name__: functools.cache(function) for function in CHOOSING + REPORTED + APART}
 CHEAP = ("diabetes", "autoencoder", "lines", "new_digits", "tumours", "factors", "picture")

@@ -60,6 +60,17 @@ def test_mechanic_options(options: dict[str, Any], message: str) -> None:
         mechanize(torch.optim.SGD, **options)
 
 
+def test_the_paper_s_rule_needs_a_stored_displacement() -> None:
+    """Its first scale is 0."""
+    message = "rule is 'paper'.*expected store_delta=True: the paper's first scale is 0.*Leave store_delta out"
+    updater = Updater(sgd(), store_delta=False)
+    with pytest.raises(ValueError, match=message):
+        Mechanic(updater, rule="paper")
+    Mechanic(updater)
+    with pytest.raises(ValueError, match=message):
+        mechanize(torch.optim.SGD, rule="paper", store_delta=False)(make_net().parameters(), lr=1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -492,6 +503,8 @@ def test_a_loss_is_no_closure() -> None:
     before = flat(model)
     with pytest.raises(TypeError, match=r"closure is tensor.*A loss goes to a ReduceLROnPlateau"):
         updater.step(loss)
+    with pytest.raises(TypeError, match=r"closure is tensor.*A loss goes to a ReduceLROnPlateau"):
+        mechanize(torch.optim.SGD)(make_net().parameters(), lr=1.0).step(loss)
     assert torch.equal(flat(model), before)
     updater.step()
 

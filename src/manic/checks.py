@@ -113,6 +113,15 @@ def _check_step(schedule: Any) -> None:
         ) from None
 
 
+def check_closure(closure: Any) -> None:
+    """Raise TypeError unless a step can take this."""
+    if closure is not None and not callable(closure):
+        raise TypeError(
+            f"closure is {closure!r:.60}; expected a function that computes the loss, or nothing. A loss goes to a "
+            "ReduceLROnPlateau, which you step yourself."
+        )
+
+
 def check_options(
     store_delta: bool, cpu_offload: bool, internal_lr: float | None, nonfinite: str, process_group: Any
 ) -> None:

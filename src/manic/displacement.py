@@ -189,6 +189,17 @@ class Slot:
         x = self.x()
         return x.is_contiguous() and x.data_ptr() == local(self.parameter).data_ptr()
 
+    def own(self) -> None:
+        """Keep x_ref and Δ in memory of their own, and no longer as views of a part that other slots have left.
+
+        It would be kept as a whole, and sums over memory that is not aligned may differ in the last digit.
+        """
+        kept = {"reference": self.reference, "delta": self.delta}
+        for name, tensor in kept.items():
+            if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                self.settle()
+                setattr(self, name, self._empty(tensor.numel()).copy_(tensor))
+
     def settle(self) -> None:
         """Wait for copies to host memory that the device has not finished yet."""
         if self.offload:
@@ -245,9 +256,11 @@ class Part:
         self._flat = [alias(slot.x()) for slot in slots]  # stays valid while the parameters stay where they are
         self._is_view = [flat.data_ptr() == slot.address for flat, slot in zip(self._flat, slots, strict=True)]
         self._sizes = [flat.numel() for flat in self._flat]
+        self._backup: Tensor | None = None  # in host memory, for every step: each would pin memory of its own
+        if len(slots) == 1:
+            slots[0].own()
         self.reference: Tensor = slots[0].reference
         self.delta = slots[0].delta
-        self._backup: Tensor | None = None  # in host memory, for every step: each would pin memory of its own
         if len(slots) > 1:
             slots[0].settle()
             self.reference = _joined([slot.reference for slot in slots])

@@ -114,6 +114,12 @@ class Mechanic:
             max_scale=max_scale,
             steps_per_epoch=steps_per_epoch,
         )
+        if rule == "paper" and not updater.displacement.store_delta:
+            raise ValueError(
+                "rule is 'paper', and the Updater has store_delta=False; expected store_delta=True: the paper's first "
+                "scale is 0, at which the displacement cannot be recomputed from the parameters, and they would never "
+                "move. Leave store_delta out."
+            )
         self.updater = updater
         self.held_out: Callable[[], object] | None = held_out
         self.log_func = log_func

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.checkpoint import check_entries, check_rates, check_version, copied, dtypes, keep_dtypes, undone_on_error
-from manic.checks import check_kind, check_options
+from manic.checks import check_closure, check_kind, check_options
 from manic.displacement import Slot
 from manic.hooks import held_hooks
 from manic.kernels.compiled import outside_graphs
@@ -179,7 +179,11 @@ class _Mechanized(Optimizer):
 
         Returns:
             The loss, if a closure was given.
+
+        Raises:
+            TypeError: ``closure`` is not a function.
         """
+        check_closure(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -25,7 +25,7 @@ from manic.checkpoint import (
     load_schedule,
     undone_on_error,
 )
-from manic.checks import base_of, check_groups, check_options, check_schedule
+from manic.checks import base_of, check_closure, check_groups, check_options, check_schedule
 from manic.displacement import Displacement
 from manic.distributed import version
 from manic.hooks import Guard, call_step_hooks, held_step_hooks
@@ -156,7 +156,10 @@ class Updater:
 
     @property
     def scale(self) -> Tensor:
-        """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate."""
+        """The scale, 0-d, on the parameters' device: scale × a group's lr is the group's effective learning rate.
+
+        After `Mechanic.hand_off` it is what the rates were multiplied by, and no longer in force.
+        """
         return self._next_scale * self._nominal.unit
 
     def get_last_lr(self) -> list[float]:
@@ -288,11 +291,7 @@ class Updater:
             FloatingPointError: with ``nonfinite="raise"``, the gradient after the closure is not finite.
             TypeError: ``closure`` is not a function, or the optimizer's step put a parameter into new memory.
         """
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"closure is {closure!r:.60}; expected a function that computes the loss, or nothing. A loss goes to a "
-                "ReduceLROnPlateau, which you step yourself."
-            )
+        check_closure(closure)
         try:
             return self._step(closure)
         except BaseException:

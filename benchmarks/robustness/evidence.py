@@ -70,10 +70,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     places = list(product(options.tasks, options.bases, MULTIPLES))
-    print(f"| | {' | '.join(f'{base}, {times:g} times the rate' for base, times in product(options.bases, MULTIPLES))} |")
+    print(
+        f"| | {' | '.join(f'{base}, {times:g} times the rate' for base, times in product(options.bases, MULTIPLES))} |"
+    )
     print("|---|" + "---|" * len(options.bases) * len(MULTIPLES))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = dict(zip(places, pool.map(course, *zip(*places), [options.steps] * len(places)), strict=True))
+        found = dict(
+            zip(places, pool.map(course, *zip(*places, strict=True), [options.steps] * len(places)), strict=True)
+        )
     for task in options.tasks:
         cells = [found[task, base, times] for base, times in product(options.bases, MULTIPLES)]
         print(f"| `{task}` | {' | '.join(f'{stopped:.0%}, {end:.0%}' for stopped, end in cells)} |")

@@ -425,7 +425,7 @@ def few_lines() -> Task:
 
 
 def usage() -> Task:
-    """How often does a module use a word? log(1 + count) over modules of 40 kB or more and their 200 commonest words."""
+    """How often does a module use a word? log(1 + count) over large modules and their 200 commonest words."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     names = [file.stem for file in files if file.stat().st_size > 40_000]
     used = [Counter(module_text(name).decode(errors="replace").split()) for name in names]

@@ -60,7 +60,8 @@ class Mechanic:
         log_every: call it every so many steps; 0 means every step if a ``log_func`` is given, else never.
 
     Raises:
-        ValueError: an argument is out of range, or the updater has a Mechanic already.
+        ValueError: an argument is out of range, the rule is ``paper`` and the updater has ``store_delta=False``, or the
+            updater has a Mechanic already.
         TypeError: an argument is of another type.
 
     Source:

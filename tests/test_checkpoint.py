@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_bits, backward, flat, make_net, relative_difference
+from problems import assert_same_bits, backward, fit, flat, make_net, relative_difference
 from resume import CASES, M, N, Run, path_of
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
@@ -673,26 +673,18 @@ def test_a_run_in_which_a_layer_was_frozen_resumes_as_the_same_run() -> None:
         updater = Updater(torch.optim.AdamW(model.parameters(), lr=1.0))
         return model, updater, Mechanic(updater)
 
-    def train(run: tuple[nn.Sequential, Updater, Mechanic], steps: int) -> None:
-        model, updater, mechanic = run
-        for _ in range(steps):
-            updater.zero_grad()
-            (model(x) - y).square().mean().backward()
-            mechanic.step()
-            updater.step()
-
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randn(64, 13, generator=generator)
     straight, resumed = made(), made()
-    train(straight, 10)
+    fit(*straight, x, y, 10)
     straight[0][0].requires_grad_(False)
-    train(straight, 10)
+    fit(*straight, x, y, 10)
     for part, state in zip(resumed, copy.deepcopy([part.state_dict() for part in straight]), strict=True):
         part.load_state_dict(state)
     resumed[0][0].requires_grad_(False)
     before = straight[0][2].weight.detach().clone()
     for run in (straight, resumed):
-        train(run, 100)
+        fit(*run, x, y, 100)
     assert relative_difference(flat(straight[0][2]), before.flatten()) > 0.01
     assert_same_bits(straight[0].state_dict(), resumed[0].state_dict())
     memory = straight[1].displacement.slots[straight[0][2].weight].reference.untyped_storage()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 
 import torch
@@ -38,14 +38,11 @@ def evidence(task: Task, model: nn.Module, seed: int) -> float:
     return len(each) * float(each.mean(0).square().sum() / each.var(0).sum())
 
 
-def course(name: str, base: str, times: float, steps: int) -> tuple[float, float]:
+def course(task: Task, base: str, lr: float, steps: int) -> tuple[float, float]:
     """How far above the lowest loss on the way those are where R is first below 1, and at the end."""
-    torch.set_num_threads(1)
-    task = TASKS[name]()
-    rate, _ = Stack(task, [0]).tuned(base, "constant", steps)
     model = model_of(task, seed=0)
     cls, options = base_class(base)
-    optimizer = cls(model.parameters(), lr=times * rate, **options)
+    optimizer = cls(model.parameters(), lr=lr, **options)
 
     def loss(rows: Data) -> Tensor:
         return task.loss(model(rows[0]), rows[1])
@@ -62,6 +59,14 @@ def course(name: str, base: str, times: float, steps: int) -> tuple[float, float
     return (losses[-1] if stopped is None else stopped) / min(losses) - 1, losses[-1] / min(losses) - 1
 
 
+def courses(name: str, base: str, steps: int) -> list[tuple[float, float]]:
+    """At each of the multiples of the tuned rate."""
+    torch.set_num_threads(1)
+    task = TASKS[name]()
+    rate, _ = Stack(task, [0]).tuned(base, "constant", steps)
+    return [course(task, base, times * rate, steps) for times in MULTIPLES]
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,18 +74,14 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=GRIDS, default=("adamw", "sgd"))
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
-    places = list(product(options.tasks, options.bases, MULTIPLES))
-    print(
-        f"| | {' | '.join(f'{base}, {times:g} times the rate' for base, times in product(options.bases, MULTIPLES))} |"
-    )
+    columns = product(options.bases, MULTIPLES)
+    print(f"| | {' | '.join(f'{base}, {times:g} times the rate' for base, times in columns)} |")
     print("|---|" + "---|" * len(options.bases) * len(MULTIPLES))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = dict(
-            zip(places, pool.map(course, *zip(*places, strict=True), [options.steps] * len(places)), strict=True)
-        )
-    for task in options.tasks:
-        cells = [found[task, base, times] for base, times in product(options.bases, MULTIPLES)]
-        print(f"| `{task}` | {' | '.join(f'{stopped:.0%}, {end:.0%}' for stopped, end in cells)} |")
+        jobs = {place: pool.submit(courses, *place, options.steps) for place in product(options.tasks, options.bases)}
+        for task in options.tasks:
+            cells = chain.from_iterable(jobs[task, base].result() for base in options.bases)
+            print(f"| `{task}` | {' | '.join(f'{stopped:.0%}, {end:.0%}' for stopped, end in cells)} |")
 
 
 if __name__ == "__main__":

@@ -362,6 +362,13 @@ def recurrent() -> Task:
     return Task("recurrent", Recurrent, tokens_loss, train, tuple(part[:256] for part in valid), batch=8)
 
 
+def factorization(name: str, counts: Tensor) -> Task:
+    """The entries of log(1 + counts), shape (rows, columns), from their places."""
+    pairs = torch.cartesian_prod(*(torch.arange(size) for size in counts.shape))
+    train, valid = split(pairs, counts.log1p().flatten())
+    return Task(name, lambda: Factors(*counts.shape), squared_error, train, valid, batch=256)
+
+
 def factors() -> Task:
     """How often does one word follow another? log(1 + count) over the commonest words of the library's texts."""
     words = module_text("argparse", "typing", "turtle", "tarfile", "doctest", "inspect", "pydoc").decode().split()
@@ -370,9 +377,7 @@ def factors() -> Task:
     for first, second in itertools.pairwise(words):
         if first in common and second in common:
             counts[common[first], common[second]] += 1
-    pairs = torch.cartesian_prod(torch.arange(150), torch.arange(150))
-    train, valid = split(pairs, counts.log1p().flatten())
-    return Task("factors", lambda: Factors(150, 150), squared_error, train, valid, batch=256)
+    return factorization("factors", counts)
 
 
 def picture() -> Task:
@@ -429,11 +434,8 @@ def usage() -> Task:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     names = [file.stem for file in files if file.stat().st_size > 40_000]
     used = [Counter(module_text(name).decode(errors="replace").split()) for name in names]
-    common = [word for word, _ in Counter(itertools.chain(*(one.elements() for one in used))).most_common(200)]
-    counts = torch.tensor([[float(one[word]) for word in common] for one in used])
-    pairs = torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(common)))
-    train, valid = split(pairs, counts.log1p().flatten())
-    return Task("usage", lambda: Factors(len(names), len(common)), squared_error, train, valid, batch=256)
+    common = [word for word, _ in sum(used, Counter()).most_common(200)]
+    return factorization("usage", torch.tensor([[float(one[word]) for word in common] for one in used]))
 
 
 CHOOSING = (diabetes, convolution, augmented, transformer, autoencoder, lines, new_digits)

@@ -259,9 +259,9 @@ class Part:
         self._backup: Tensor | None = None  # in host memory, for every step: each would pin memory of its own
         if len(slots) == 1:
             slots[0].own()
-        self.reference: Tensor = slots[0].reference
-        self.delta = slots[0].delta
-        if len(slots) > 1:
+            self.reference: Tensor = slots[0].reference
+            self.delta = slots[0].delta
+        else:
             slots[0].settle()
             self.reference = _joined([slot.reference for slot in slots])
             deltas = [slot.delta for slot in slots if slot.delta is not None]
